@@ -1,0 +1,154 @@
+"""Functions whose captured arrays are explicit leaves.
+
+A user's function may close over arrays, also over values that an outer transformation traces.
+Such captured values are invisible to a differentiation rule and to a compilation cache. `hoist`
+calls the function once, keeps the resulting program, and turns everything it captured into leaves
+of a PyTree, so that the rest of the library never calls the Python function again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+def _identity_of(fun: Callable) -> Any:
+    """What makes two functions the same program: the function, or the static part of a module."""
+    try:
+        hash(fun)
+        return fun
+    except TypeError:
+        static = eqx.partition(fun, eqx.is_array)[1]
+        leaves, structure = jax.tree.flatten(static)
+        return structure, tuple(leaves)
+
+
+class _Program:
+    """The traced function; equal to another trace of the same function at the same types.
+
+    Equality is by function and types rather than by jaxpr, so that compiled code which takes a
+    `Hoisted` as a static argument is found again when the same function is solved a second time.
+    """
+
+    def __init__(self, fun, jaxpr, const_types, in_tree, in_types, out_shape):
+        self.jaxpr = jaxpr
+        self.in_tree = in_tree
+        self.in_types = in_types
+        self.out_shape = out_shape
+        self.out_tree = jax.tree.structure(out_shape)
+        self.key = (_identity_of(fun), in_tree, in_types, const_types)
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return isinstance(other, _Program) and self.key == other.key
+
+
+class Hoisted(eqx.Module):
+    """A function traced once; the arrays it captured are leaves.
+
+    Attributes:
+        consts: The captured arrays, in the order in which the program takes them.
+    """
+
+    consts: list[Array]
+    program: _Program = eqx.field(static=True)
+
+    @property
+    def out_shape(self) -> PyTree:
+        """Shapes and dtypes of the output, as `jax.ShapeDtypeStruct` leaves."""
+        return self.program.out_shape
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        """Evaluate at arguments of the types that it was traced with."""
+        leaves, in_tree, in_types = _signature(args)
+        if in_tree != self.program.in_tree or in_types != self.program.in_types:
+            raise TypeError(
+                "a traced function was called with arguments of other types than it was traced "
+                f"with: got {in_types}, expected {self.program.in_types}"
+            )
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.program.jaxpr, self.consts))
+        return jax.tree.unflatten(self.program.out_tree, run(*leaves))
+
+
+def _signature(args):
+    dynamic, static = eqx.partition(args, eqx.is_array)
+    leaves = jax.tree.leaves(dynamic)
+    static_leaves, structure = jax.tree.flatten(static)
+    in_tree = (jax.tree.structure(dynamic), structure, tuple(static_leaves))
+    return leaves, in_tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def hoist(fun: Callable, *args: PyTree) -> Hoisted:
+    """Trace `fun(*args)` once and make everything it captured a leaf.
+
+    Args:
+        fun: Any function of PyTrees that JAX can trace. It is called exactly once.
+        args: The arguments it will be called with, or others of the same shapes and dtypes.
+            Leaves that are not JAX arrays (strings, Python integers) are fixed in the program.
+
+    Returns:
+        The traced function, itself a PyTree whose leaves are the captured arrays.
+
+    Raises:
+        TypeError: An output leaf is not an array.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxopt_ext.implicit import hoist
+        >>> def slope(scale):
+        ...     square = hoist(lambda x: scale * x**2, jnp.array(1.0))  # captures `scale`
+        ...     return square(jnp.array(3.0))
+        >>> float(jax.grad(slope)(jnp.array(2.0)))
+        9.0
+    """
+    if isinstance(fun, Hoisted):
+        return fun
+    leaves, in_tree, in_types = _signature(args)
+    dynamic, static = eqx.partition(args, eqx.is_array)
+    closed, out_shape = jax.make_jaxpr(
+        lambda d: fun(*eqx.combine(d, static)),
+        return_shape=True,
+    )(dynamic)
+    consts = [jnp.asarray(c) for c in closed.consts]
+    const_types = tuple((c.shape, c.dtype) for c in consts)
+    program = _Program(fun, closed.jaxpr, const_types, in_tree, in_types, out_shape)
+    return Hoisted(consts, program)
+
+
+def detach(tree: PyTree) -> PyTree:
+    """The same values with every derivative dropped; leaves that are not floating stay as is."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
+
+
+def strong(tree: PyTree) -> PyTree:
+    """The same arrays with weak types removed, so that types stay fixed in loops and caches."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype) if eqx.is_array(leaf) else leaf, tree)
+
+
+def vary_like(tree: PyTree, *others: PyTree) -> PyTree:
+    """Inside `shard_map`, mark `tree` as varying over every mesh axis over which anything varies.
+
+    Outside `shard_map`, and where its axes are not tracked, this is the identity.
+    """
+
+    def axes(leaf):
+        kind = jax.typeof(leaf)
+        if hasattr(kind, "manual_axis_type"):
+            return frozenset(kind.manual_axis_type.varying)
+        return frozenset(getattr(kind, "vma", ()))  # its name in earlier JAX
+
+    union = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves((tree, *others))))
+
+    def vary(leaf):
+        missing = tuple(sorted(union - axes(leaf), key=str))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)

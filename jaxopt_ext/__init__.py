@@ -1,0 +1,1 @@
+"""Numerical optimization in JAX, differentiable through one implicit layer."""
