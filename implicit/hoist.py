@@ -76,8 +76,12 @@ class Hoisted(eqx.Module):
         return jax.tree.unflatten(self.program.out_tree, run(*leaves))
 
 
+def _has_type(leaf) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def _signature(args):
-    dynamic, static = eqx.partition(args, eqx.is_array)
+    dynamic, static = eqx.partition(args, _has_type)
     leaves = jax.tree.leaves(dynamic)
     static_leaves, structure = jax.tree.flatten(static)
     in_tree = (jax.tree.structure(dynamic), structure, tuple(static_leaves))
@@ -89,7 +93,8 @@ def hoist(fun: Callable, *args: PyTree) -> Hoisted:
 
     Args:
         fun: Any function of PyTrees that JAX can trace. It is called exactly once.
-        args: The arguments it will be called with, or others of the same shapes and dtypes.
+        args: The arguments it will be called with, or others of the same shapes and dtypes
+            (`jax.ShapeDtypeStruct` leaves will do).
             Leaves that are not JAX arrays (strings, Python integers) are fixed in the program.
 
     Returns:
@@ -109,8 +114,8 @@ def hoist(fun: Callable, *args: PyTree) -> Hoisted:
     """
     if isinstance(fun, Hoisted):
         return fun
-    leaves, in_tree, in_types = _signature(args)
-    dynamic, static = eqx.partition(args, eqx.is_array)
+    _, in_tree, in_types = _signature(args)
+    dynamic, static = eqx.partition(args, _has_type)
     closed, out_shape = jax.make_jaxpr(
         lambda d: fun(*eqx.combine(d, static)),
         return_shape=True,

@@ -1,0 +1,1 @@
+"""What every room shares: problems, the driver, solutions, result codes, stopping criteria."""
