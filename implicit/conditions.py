@@ -191,7 +191,11 @@ class KKT(Condition):
         m_i = _active(multipliers.inequality, c_i)
         m_l = _active(multipliers.lower, below)
         m_u = _active(multipliers.upper, above)
-        if m_l is not None and m_u is not None:
+        if self.lower is not None and self.upper is not None:
+            fixed = jax.tree.map(
+                jnp.equal, _broadcast(self.lower, y), _broadcast(self.upper, y)
+            )
+            m_l = jax.tree.map(jnp.logical_or, m_l, fixed)
             m_u = jax.tree.map(lambda a, b: a & ~b, m_u, m_l)
 
         def lagrangian(y):

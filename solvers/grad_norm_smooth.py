@@ -55,8 +55,9 @@ class GradNormSmooth(AbstractSolver):
         x⁺ = x − (H + λI)⁻¹ g,    λ = ‖g‖ / γ,
 
     so that ‖x⁺ − x‖ ≤ γ. It is accepted if f(x) − f(x⁺) ≥ decrease · ‖∇f(x⁺)‖² / λ, and γ grows;
-    else γ shrinks and the trial is repeated with the same H. Where the decrease drowns in the
-    rounding error of f, the test −⟨∇f(x⁺), x⁺ − x⟩ ≥ ‖∇f(x⁺)‖² / (4λ) decides instead. A
+    else γ shrinks and the trial is repeated with the same H. Where the change of f drowns in its
+    rounding error, gradients decide instead: ‖∇f(x⁺)‖ < ‖g‖ and −⟨∇f(x⁺), x⁺ − x⟩ ≥
+    ‖∇f(x⁺)‖² / (4λ), or ‖∇f(x⁺)‖ ≤ ‖g‖ / 2 where that inner product is rounding error too. A
     factorization that fails (H + λI not positive definite) or a non-finite trial is a rejection.
 
     Every trial is one step and costs one value, one gradient and one linear solve; the Hessian is
@@ -114,7 +115,7 @@ class GradNormSmooth(AbstractSolver):
     def init(self, problem, value, args, key=None):
         """See `AbstractSolver.init`; the problem's functions are not evaluated."""
         flat = ravel_pytree(value)[0]
-        _, aux = jax.eval_shape(problem.objective, value, args)
+        _, aux = jax.eval_shape(lambda value: problem.objective(value, args), value)
         return GradNormSmoothState(
             value=value,
             objective=jnp.array(jnp.nan, flat.dtype),
@@ -154,7 +155,9 @@ class GradNormSmooth(AbstractSolver):
         enough = change >= self.decrease * squared / shift
         rounding = jnp.abs(change) <= 10 * eps * jnp.maximum(1, jnp.abs(state.objective))
         slope = -jnp.dot(gradient, direction)
-        accepted = solved & finite & (enough | (rounding & (slope >= squared / (4 * shift))))
+        halved = squared <= gradient_norm**2 / 4
+        better = halved | ((slope >= squared / (4 * shift)) & (squared < gradient_norm**2))
+        accepted = solved & finite & (enough | (rounding & better))
         start = ~state.evaluated
         take = accepted | (start & finite)
 

@@ -401,7 +401,7 @@ def _differentiate(live: _Job, solution: Solution, adjoint: implicit.Adjoint) ->
     value, multipliers = solution.value, solution.multipliers
     if isinstance(adjoint, implicit.OneStepAdjoint):
         run = _Iterations(adjoint.steps)
-        jax.eval_shape(run, live, solution.state, value)  # refuse here what has no such map
+        eqx.filter_eval_shape(run, live, solution.state, value)  # refuse here what has no such map
         value = follow(run, value, live, solution.state, value)
     else:
         condition = live.solver.condition(live.problem)

@@ -163,7 +163,9 @@ def emit(listener: Callback, now: Snapshot) -> Array:
 
     @jax.custom_batching.custom_vmap
     def call(*leaves):
-        return jax.experimental.io_callback(
+        # not io_callback: a while loop whose lanes stop one by one refuses its effect. The answer
+        # decides when the loop ends, so this call cannot be dropped as unused.
+        return jax.pure_callback(
             lambda *leaves: on_host(jax.tree.unflatten(structure, leaves)),
             jax.ShapeDtypeStruct((), jnp.bool_),
             *leaves,
