@@ -96,11 +96,7 @@ def _jvp(primals, tangents, *, rule: _Rule, axes):
 
 def _batch(leaves, dims, *, rule: _Rule, axes):
     n = rule.x_tree.num_leaves
-    size = next(
-        leaf.shape[d]
-        for leaf, d in zip(leaves, dims, strict=True)
-        if d is not None
-    )
+    size = next(leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None)
     leaves = [
         leaf if d is None else jnp.moveaxis(leaf, d, 0)
         for leaf, d in zip(leaves, dims, strict=True)
@@ -117,7 +113,9 @@ attach_p.def_impl(_impl)
 attach_p.def_abstract_eval(_impl)
 ad.primitive_jvps[attach_p] = _jvp
 batching.primitive_batchers[attach_p] = _batch
-mlir.register_lowering(attach_p, lambda ctx, *leaves, rule, axes: _impl(*leaves, rule=rule, axes=axes))
+mlir.register_lowering(
+    attach_p, lambda ctx, *leaves, rule, axes: _impl(*leaves, rule=rule, axes=axes)
+)
 
 
 def _types(tree):
@@ -130,19 +128,22 @@ def _describe(tree) -> str:
 
 
 def as_solution(x: PyTree) -> PyTree:
-    """Check that `x` can be a solution (floating leaves only) and return it as JAX arrays.
+    """Check that `x` can be a solution and return it detached, as strongly typed JAX arrays.
 
     Raises:
         TypeError: A leaf of `x` is not floating.
+        ValueError: `x` has no leaf.
     """
-    x = jax.tree.map(jnp.asarray, x)
+    x = detach(jax.tree.map(jnp.asarray, x))
+    if not jax.tree.leaves(x):
+        raise ValueError(f"x is {x!r}, expected a PyTree with at least one floating array")
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
                 f"x{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, expected a floating "
                 "dtype: solution leaves are differentiated; pass integers through args or aux"
             )
-    return x
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)  # without weak types
 
 
 def attach(
@@ -170,7 +171,7 @@ def attach(
 
     Raises:
         TypeError: A leaf of `x` is not floating.
-        ValueError: The condition does not return a PyTree like `x`.
+        ValueError: `x` is empty, or the condition does not return a PyTree like it.
 
     Reference:
         Blondel et al., "Efficient and Modular Implicit Differentiation", NeurIPS 2022, eq. (2).
@@ -184,8 +185,8 @@ def attach(
         >>> print(round(float(jax.grad(square_root)(2.0)), 5))  # 1 / (2 √2)
         0.35355
     """
-    x = strong(detach(as_solution(x)))
-    args = strong(jax.tree.map(lambda a: jnp.asarray(a) if _is_number(a) else a, args))
+    x = as_solution(x)
+    args = strong(args, jnp.result_type(*jax.tree.leaves(x)))
     symmetric = bool(getattr(condition, "symmetric", False))
     positive_definite = bool(getattr(condition, "positive_definite", False))
     hoisted = hoist(condition, x, *args)
@@ -195,10 +196,6 @@ def attach(
             f"{_describe(hoisted.out_shape)}, expected {_describe(x)}"
         )
     return _attach(hoisted, x, args, linear_solver, symmetric, positive_definite)
-
-
-def _is_number(leaf) -> bool:
-    return isinstance(leaf, float | complex) or hasattr(leaf, "__array__")
 
 
 def _attach(condition, x, args, linear_solver, symmetric, positive_definite):
@@ -253,9 +250,8 @@ def differentiable(
 
     def decorate(solver: Callable) -> Callable:
         def solve(init: PyTree, *args: PyTree) -> PyTree:
-            init, args = strong(
-                jax.tree.map(lambda a: jnp.asarray(a) if _is_number(a) else a, (init, args))
-            )
+            init = as_solution(init)
+            args = strong(args, jnp.result_type(*jax.tree.leaves(init)))
             out = _call_detached(solver, init, *args)
             if has_aux and not (isinstance(out, tuple) and len(out) == 2):
                 raise TypeError(
@@ -286,9 +282,7 @@ def attach_problem(
     """`attach` for a condition whose functions are `Hoisted` already: nothing is traced."""
     symmetric = bool(getattr(condition, "symmetric", False))
     positive_definite = bool(getattr(condition, "positive_definite", False))
-    return _attach(
-        condition, strong(detach(x)), args, linear_solver, symmetric, positive_definite
-    )
+    return _attach(condition, detach(x), args, linear_solver, symmetric, positive_definite)
 
 
 def follow(fun: Callable[..., PyTree], out: PyTree, *args: PyTree) -> PyTree:
@@ -307,13 +301,9 @@ def follow(fun: Callable[..., PyTree], out: PyTree, *args: PyTree) -> PyTree:
         return out
 
     def residual(value, fun, args):
-        return jax.tree.map(
-            jnp.subtract, value, eqx.filter(fun(*args), eqx.is_inexact_array)
-        )
+        return jax.tree.map(jnp.subtract, value, eqx.filter(fun(*args), eqx.is_inexact_array))
 
-    attached = _attach(
-        residual, strong(detach(floating)), (fun, args), _identity_solve, True, True
-    )
+    attached = _attach(residual, detach(floating), (fun, args), _identity_solve, True, True)
     return eqx.combine(attached, rest)
 
 

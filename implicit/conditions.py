@@ -192,9 +192,7 @@ class KKT(Condition):
         m_l = _active(multipliers.lower, below)
         m_u = _active(multipliers.upper, above)
         if self.lower is not None and self.upper is not None:
-            fixed = jax.tree.map(
-                jnp.equal, _broadcast(self.lower, y), _broadcast(self.upper, y)
-            )
+            fixed = jax.tree.map(jnp.equal, _broadcast(self.lower, y), _broadcast(self.upper, y))
             m_l = jax.tree.map(jnp.logical_or, m_l, fixed)
             m_u = jax.tree.map(lambda a, b: a & ~b, m_u, m_l)
 
@@ -203,7 +201,9 @@ class KKT(Condition):
             if self.equality is not None:
                 value = value + _inner(multipliers.equality, self.equality(y, *args))
             if self.inequality is not None:
-                value = value + _inner(_only(m_i, multipliers.inequality), self.inequality(y, *args))
+                value = value + _inner(
+                    _only(m_i, multipliers.inequality), self.inequality(y, *args)
+                )
             if self.lower is not None:
                 value = value - _inner(_only(m_l, multipliers.lower), y)
             if self.upper is not None:
@@ -293,9 +293,7 @@ class PenaltySystem(Condition):
         upper_x, upper_y = jax.grad(self.upper, argnums=(0, 1))(x, y, *args)
         lower_x, lower_y = jax.grad(self.lower, argnums=(0, 1))(x, y, *args)
         other_x, other_z = jax.grad(self.lower, argnums=(0, 1))(x, z, *args)
-        grad_x = jax.tree.map(
-            lambda f, g, o: f + (g - o) / self.sigma, upper_x, lower_x, other_x
-        )
+        grad_x = jax.tree.map(lambda f, g, o: f + (g - o) / self.sigma, upper_x, lower_x, other_x)
         grad_y = jax.tree.map(lambda f, g: self.sigma * f + g, upper_y, lower_y)
         return (
             _projected(x, grad_x, self.upper_set),

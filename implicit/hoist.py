@@ -133,9 +133,27 @@ def detach(tree: PyTree) -> PyTree:
     )
 
 
-def strong(tree: PyTree) -> PyTree:
-    """The same arrays with weak types removed, so that types stay fixed in loops and caches."""
-    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype) if eqx.is_array(leaf) else leaf, tree)
+def strong(tree: PyTree, dtype: Any) -> PyTree:
+    """Numbers as strongly typed JAX arrays; Python floats and weak floats get `dtype`.
+
+    So a changed number is a changed input rather than a new program, no weak type travels through
+    a loop, and a Python float never decides the precision. NumPy arrays become JAX arrays;
+    integers, booleans, strings and functions stay as they are.
+    """
+
+    def convert(leaf):
+        if isinstance(leaf, float):
+            return jnp.asarray(leaf, dtype)
+        if not (eqx.is_array(leaf) or hasattr(leaf, "__array__")):
+            return leaf
+        array = jnp.asarray(leaf)
+        if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            return array  # random keys have no weak types
+        weak = getattr(jax.typeof(array), "weak_type", False)
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        return array.astype(dtype if weak and floating else array.dtype)
+
+    return jax.tree.map(convert, tree)
 
 
 def vary_like(tree: PyTree, *others: PyTree) -> PyTree:

@@ -1,9 +1,10 @@
-"""Settings of the whole test session: 64-bit available, no silent promotion of ranks or dtypes."""
+"""Settings of the whole test session: 64-bit, eight devices, no silent promotion of ranks or dtypes."""
 
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

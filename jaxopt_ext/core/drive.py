@@ -30,6 +30,7 @@ from jaxopt_ext.core.solver import (
 )
 from jaxopt_ext.core.stop import Criterion, Track
 from jaxopt_ext.implicit.attach import attach_problem, follow
+from jaxopt_ext.implicit.hoist import strong
 
 RECORDED = ("objective", "optimality", "feasibility", "step_size", "accepted")
 
@@ -141,7 +142,7 @@ def solve(
 
     value = check.variables("init", init)
     dtype = tree.dtype_of(value)
-    problem, solver, args, stop = tree.numbers((problem, solver, args, stop), dtype)
+    problem, solver, args, stop = strong((problem, solver, args, stop), dtype)
     live = _Job(problem.trace(value, args), solver, args, stop)
 
     unrolled = isinstance(adjoint, implicit.UnrolledAdjoint)

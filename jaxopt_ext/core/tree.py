@@ -31,30 +31,6 @@ def where(condition: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyTr
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
-def numbers(tree: PyTree, dtype) -> PyTree:
-    """Make floating numbers strong arrays, Python floats of the given dtype.
-
-    So a changed setting is a changed input rather than a new program, and no weak type travels
-    through a loop. NumPy arrays become JAX arrays; integers, booleans, strings and functions stay
-    as they are.
-    """
-
-    def convert(leaf):
-        if isinstance(leaf, float):
-            return jnp.asarray(leaf, dtype)
-        if eqx.is_array(leaf) or hasattr(leaf, "__array__"):
-            array = jnp.asarray(leaf)
-            weak = jnp.issubdtype(array.dtype, jnp.floating) and _is_weak(array)
-            return array.astype(dtype if weak else array.dtype)
-        return leaf
-
-    return jax.tree.map(convert, tree)
-
-
-def _is_weak(array) -> bool:
-    return bool(getattr(jax.typeof(array), "weak_type", False))
-
-
 def describe(tree: PyTree) -> str:
     """Shapes and dtypes in one line, for messages."""
 

@@ -266,7 +266,13 @@ def test_numpy_and_python_inputs_are_taken():
         problem,
         solvers.GradNormSmooth(),
         {"a": np.zeros(2), "b": 1.0},
-        {"t": np.array([1.0, 2.0]), "label": "kept", "n": 3, "none": None},
+        {
+            "t": np.array([1.0, 2.0]),
+            "label": "kept",
+            "n": 3,
+            "none": None,
+            "key": jax.random.key(1),
+        },
     ).check()
     np.testing.assert_allclose(found.value["a"], [1.0, 2.0])
 
