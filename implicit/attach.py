@@ -82,7 +82,7 @@ def _jvp(primals, tangents, *, rule: _Rule, axes):
         if type(t) is not ad.Zero and t.dtype != jax.dtypes.float0
     )
     if not active:
-        return x_leaves, [ad.Zero.from_primal_value(x) for x in x_leaves]
+        return x_leaves, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in x_leaves]
 
     def tangent(x_leaves, theta_leaves, active_tangents):
         return rule.tangent(x_leaves, theta_leaves, active, active_tangents)
@@ -268,7 +268,7 @@ def differentiable(
 
 
 def _call_detached(solver: Callable, *args):
-    """Call on detached arguments; what the solver captured is detached too where JAX can trace it."""
+    """Call on detached arguments; what the solver captured is detached too if JAX can trace it."""
     try:
         solver = detach(hoist(solver, *args))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):

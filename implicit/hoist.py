@@ -54,6 +54,7 @@ class Hoisted(eqx.Module):
 
     Attributes:
         consts: The captured arrays, in the order in which the program takes them.
+        program: The trace itself; static.
     """
 
     consts: list[Array]
@@ -127,7 +128,14 @@ def hoist(fun: Callable, *args: PyTree) -> Hoisted:
 
 
 def detach(tree: PyTree) -> PyTree:
-    """The same values with every derivative dropped; leaves that are not floating stay as is."""
+    """The same values with every derivative dropped.
+
+    Args:
+        tree: Any PyTree; leaves that are not floating stay as they are.
+
+    Returns:
+        The detached tree.
+    """
     return jax.tree.map(
         lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree
     )

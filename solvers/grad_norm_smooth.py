@@ -26,6 +26,7 @@ class GradNormSmoothState(eqx.Module):
         value: The last accepted point.
         objective: f there.
         gradient: ∇f there, raveled.
+        squared: ‖∇f‖² there.
         gradient_scale: Max norm of the gradient at the start.
         model: The Hessian model's data there.
         stale: Whether `model` still belongs to an earlier point.
@@ -38,6 +39,7 @@ class GradNormSmoothState(eqx.Module):
     value: PyTree
     objective: Float[Array, ""]
     gradient: Float[Array, " n"]
+    squared: Float[Array, ""]
     gradient_scale: Float[Array, ""]
     model: PyTree
     stale: Bool[Array, ""]
@@ -120,6 +122,7 @@ class GradNormSmooth(AbstractSolver):
             value=value,
             objective=jnp.array(jnp.nan, flat.dtype),
             gradient=jnp.zeros_like(flat),
+            squared=jnp.zeros((), flat.dtype),
             gradient_scale=jnp.zeros((), flat.dtype),
             model=self.hessian.zero(flat),
             stale=jnp.array(False),
@@ -143,20 +146,19 @@ class GradNormSmooth(AbstractSolver):
             lambda: self.hessian.build(lambda flat: objective(flat)[0], point),
             lambda: state.model,
         )
-        gradient_norm = jnp.linalg.norm(state.gradient)
-        shift = jnp.where(state.evaluated, gradient_norm / state.radius, 1).astype(dtype)
+        shift = jnp.where(state.evaluated, jnp.sqrt(state.squared) / state.radius, 1)
         direction, solved = self.hessian.direction(model, shift, state.gradient)
         trial = point + direction  # the point itself before the first evaluation
         (value, aux), gradient = jax.value_and_grad(objective, has_aux=True)(trial)
 
-        finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
         squared = jnp.sum(gradient**2)
+        finite = jnp.isfinite(value) & jnp.isfinite(squared)
         change = state.objective - value
         enough = change >= self.decrease * squared / shift
         rounding = jnp.abs(change) <= 10 * eps * jnp.maximum(1, jnp.abs(state.objective))
         slope = -jnp.dot(gradient, direction)
-        halved = squared <= gradient_norm**2 / 4
-        better = halved | ((slope >= squared / (4 * shift)) & (squared < gradient_norm**2))
+        halved = squared <= state.squared / 4
+        better = halved | ((slope >= squared / (4 * shift)) & (squared < state.squared))
         accepted = solved & finite & (enough | (rounding & better))
         start = ~state.evaluated
         take = accepted | (start & finite)
@@ -176,6 +178,7 @@ class GradNormSmooth(AbstractSolver):
             value=unravel(jnp.where(take, trial, point)),
             objective=jnp.where(take, value, state.objective),
             gradient=jnp.where(take, gradient, state.gradient),
+            squared=jnp.where(take, squared, state.squared),
             gradient_scale=scale,
             model=model,
             stale=take,
@@ -204,7 +207,7 @@ class GradNormSmooth(AbstractSolver):
         return new, info
 
     def iteration_map(self, problem, args, state, value):
-        """x − (H(x) + λI)⁻¹ ∇f(x) with the last λ; its derivative is nearly the exact one."""
+        """X − (H(x) + λI)⁻¹ ∇f(x) with the last λ; its derivative is nearly the exact one."""
         point, unravel = ravel_pytree(value)
 
         def objective(flat):
@@ -212,6 +215,6 @@ class GradNormSmooth(AbstractSolver):
 
         gradient = jax.grad(objective)(point)
         model = self.hessian.build(objective, point)
-        shift = jnp.linalg.norm(state.gradient) / state.radius
+        shift = jnp.sqrt(state.squared) / state.radius
         direction, _ = self.hessian.direction(model, shift, gradient)
         return unravel(point + direction)

@@ -61,6 +61,6 @@ class ExactHessian(eqx.Module):
         """See `HessianModel`."""
         shifted = model + shift * jnp.eye(gradient.size, dtype=gradient.dtype)
         factor = jnp.linalg.cholesky(shifted, symmetrize_input=False)
+        ok = jnp.isfinite(factor[-1, -1])  # a failed factorization is NaN throughout
         step = -jax.scipy.linalg.cho_solve((factor, True), gradient)
-        ok = jnp.all(jnp.isfinite(step))
         return jnp.where(ok, step, 0), ok

@@ -1,4 +1,4 @@
-"""Settings of the whole test session: 64-bit, eight devices, no silent promotion of ranks or dtypes."""
+"""The test session: 64-bit, eight devices, no silent promotion of ranks or dtypes."""
 
 import jax
 import pytest

@@ -4,11 +4,12 @@ import difflib
 import math
 import numbers as abstract_numbers
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 
@@ -31,7 +32,7 @@ def variables(name: str, tree: PyTree) -> PyTree:
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(
                 f"{where} has dtype {array.dtype}, expected a real floating dtype: variables are "
-                "differentiated; pass constants through args or convert with jnp.asarray(..., float)"
+                "differentiated; pass constants through args, or convert with jnp.asarray(x, float)"
             )
         return array.astype(array.dtype)
 
@@ -64,7 +65,7 @@ def number(
         TypeError: `value` is not a real number.
         ValueError: `value` is outside its range.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     is_number = isinstance(value, abstract_numbers.Real) or (
         hasattr(value, "dtype") and jnp.ndim(value) == 0 and jnp.issubdtype(value.dtype, jnp.number)
@@ -94,21 +95,24 @@ def count(owner: str, name: str, value: Any, *, at_least: int = 1) -> None:
         raise ValueError(f"{owner}: {name} is {value}, expected an integer >= {at_least}")
 
 
+@dataclass_transform(field_specifiers=(eqx.field,))
 class SettingsMeta(type(eqx.Module)):
     """Metaclass of solvers: an unknown setting is refused with the nearest known name."""
 
-    def __call__(cls, *args, **kwargs):
-        """Construct, after checking that every keyword is a setting."""
-        known = [name for name, f in cls.__dataclass_fields__.items() if f.init]
-        for name in kwargs:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise TypeError(
-                    f"{cls.__name__} has no setting {name!r}{hint}, expected one of: "
-                    f"{', '.join(known) or 'none'}"
-                )
-        return super().__call__(*args, **kwargs)
+    if not TYPE_CHECKING:  # type checkers read the settings from the dataclass fields
+
+        def __call__(cls, *args, **kwargs):
+            """Construct, after checking that every keyword is a setting."""
+            known = [name for name, f in cls.__dataclass_fields__.items() if f.init]
+            for name in kwargs:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f" (did you mean {near[0]!r}?)" if near else ""
+                    raise TypeError(
+                        f"{cls.__name__} has no setting {name!r}{hint}, expected one of: "
+                        f"{', '.join(known) or 'none'}"
+                    )
+            return super().__call__(*args, **kwargs)
 
 
 def call(owner: str, name: str, trace: Callable[[], Any], value: PyTree, args: PyTree) -> Any:

@@ -13,6 +13,7 @@ import equinox.internal as eqxi
 import jax
 import jax.experimental
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxopt_ext import implicit
@@ -171,7 +172,7 @@ def solve(
         history=carry.history,
         state=carry.state,
     )
-    if throw and not isinstance(solution.objective, jax.core.Tracer):
+    if throw and not isinstance(solution.objective, Tracer):
         solution.check()
     return solution if unrolled else _differentiate(live, solution, adjoint)
 
@@ -196,14 +197,13 @@ def _prepare(job: _Job, value, key, resumed, history_length) -> _Carry:
                 f"solve: state is {tree.describe(state)}, expected a state of "
                 f"{type(job.solver).__name__} for init {tree.describe(value)}"
             )
-    _, info = jax.eval_shape(lambda s: job.solver.step(job.problem, job.args, s), state)
+    _, info = jax.eval_shape(lambda s: _solver_step(job, s), state)
     info = jax.tree.map(_unknown, info)
     zero = jnp.zeros((), jnp.int32)
     history = None
     if history_length is not None:
         history = {
-            name: jnp.full(history_length, jnp.nan, getattr(info, "objective").dtype)
-            for name in RECORDED
+            name: jnp.full(history_length, jnp.nan, info.objective.dtype) for name in RECORDED
         }
     best = None if job.solver.monotone else _Best(state.value, info)
     done = jnp.array(False)
@@ -215,6 +215,12 @@ def _unknown(shape):
     if jnp.issubdtype(shape.dtype, jnp.inexact):
         return jnp.full(shape.shape, jnp.nan, shape.dtype)
     return jnp.zeros(shape.shape, shape.dtype)
+
+
+@eqx.filter_jit
+def _solver_step(job: _Job, state):
+    """The solver's step; under `jit`, so that laying out the carry and the loop share one trace."""
+    return job.solver.step(job.problem, job.args, state)
 
 
 @eqx.filter_jit
@@ -235,7 +241,7 @@ def _advance(job: _Job, carry: _Carry, limit, max_steps, checkpoints, listener) 
 
 
 def _one_step(job: _Job, carry: _Carry, listener) -> _Carry:
-    state, info = job.solver.step(job.problem, job.args, carry.state)
+    state, info = _solver_step(job, carry.state)
     first = carry.track.steps == 0
     if carry.best is None:
         best, better = None, info.accepted
@@ -312,8 +318,8 @@ def _choose(carry: _Carry):
 def _on_host(inputs) -> bool:
     """Whether nothing is traced: neither an input nor, inside `jit`, everything."""
     leaves = jax.tree.leaves(inputs)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    return not traced and not isinstance(jnp.add(0.0, 0.0), jax.core.Tracer)
+    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    return not traced and not isinstance(jnp.add(0.0, 0.0), Tracer)
 
 
 def _run_on_host(job, carry, max_steps, sink, callback, time_limit) -> _Carry:
@@ -405,9 +411,10 @@ def _differentiate(live: _Job, solution: Solution, adjoint: implicit.Adjoint) ->
         eqx.filter_eval_shape(run, live, solution.state, value)  # refuse here what has no such map
         value = follow(run, value, live, solution.state, value)
     else:
+        linear_solver = getattr(adjoint, "linear_solver", None)
         condition = live.solver.condition(live.problem)
         unknowns = live.problem.variables(value, multipliers)
-        unknowns = attach_problem(condition, unknowns, (live.args,), adjoint.linear_solver)
+        unknowns = attach_problem(condition, unknowns, (live.args,), linear_solver)
         value, multipliers = live.problem.split(unknowns)
     objective, aux = solution.objective, solution.aux
     if live.problem.has_objective:
@@ -471,24 +478,23 @@ def multistart(
         -1.036
     """
     inits = check.variables("inits", inits)
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(inits)}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(inits)}
+    if len(sizes) != 1 or () in sizes:
         raise ValueError(
             f"multistart: inits is {tree.describe(inits)}, expected leaves with a common leading "
             "axis, one entry per start"
         )
-    (size,) = sizes
     throw = options.pop("throw", False)
     if key is None:
         every = jax.vmap(lambda init: solve(problem, solver, init, args, **options))(inits)
     else:
-        keys = jax.random.split(key, size)
+        keys = jax.random.split(key, *sizes)
         every = jax.vmap(lambda init, k: solve(problem, solver, init, args, key=k, **options))(
             inits, keys
         )
     objective = jnp.where(jnp.isnan(every.objective), jnp.inf, every.objective)
     failed_last = jnp.lexsort((objective, ~every.success))
     best = jax.tree.map(lambda leaf: leaf[failed_last[0]], every)
-    if throw and not isinstance(best.objective, jax.core.Tracer):
+    if throw and not isinstance(best.objective, Tracer):
         best.check()
     return Multistart(best, every)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from jaxopt_ext import implicit
@@ -22,6 +23,9 @@ class Problem(eqx.Module):
     """Base of all problems.
 
     Subclasses hold the user's functions and implement `trace` and `condition`.
+
+    Attributes:
+        has_objective: Whether there is something to minimize; `False` for equations.
     """
 
     has_objective: ClassVar[bool] = True
@@ -395,10 +399,10 @@ def _require_ordered(lower, upper):
     for path, (low, high) in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda a, b: (a, b), lower, upper), is_leaf=lambda x: isinstance(x, tuple)
     ):
-        if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
             continue
         crossed = low > high
-        if isinstance(crossed, jax.core.Tracer):
+        if isinstance(crossed, Tracer):
             continue
         if bool(crossed.any()):
             raise ValueError(

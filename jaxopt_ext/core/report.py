@@ -157,9 +157,7 @@ def emit(listener: Callback, now: Snapshot) -> Array:
             return np.asarray(True)
 
     leaves, structure = jax.tree.flatten(now)
-    residual_index = next(
-        i for i, leaf in enumerate(leaves) if leaf is now.optimality
-    )
+    residual_index = next(i for i, leaf in enumerate(leaves) if leaf is now.optimality)
 
     @jax.custom_batching.custom_vmap
     def call(*leaves):

@@ -49,7 +49,9 @@ class RESULTS(eqx.Enumeration):
         "another linear solver."
     )
     diverged = "The objective is unbounded below or the iterates left every bounded set."
-    user_stopped = "The callback or an interrupt stopped the solve; the best point so far is returned."
+    user_stopped = (
+        "The callback or an interrupt stopped the solve; the best point so far is returned."
+    )
 
 
 class SolveError(RuntimeError):

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxopt_ext.core.result import RESULTS, SolveError, result_names
@@ -68,7 +69,7 @@ class Solution(eqx.Module):
         Raises:
             SolveError: With the sentence of the result; for a batch with counts by result.
         """
-        if isinstance(self.objective, jax.core.Tracer):
+        if isinstance(self.objective, Tracer):
             raise TypeError(
                 "Solution.check works on concrete values, expected to be called outside jit, vmap "
                 "and grad; inside them look at solution.result"
@@ -83,7 +84,8 @@ class Solution(eqx.Module):
         if codes.ndim == 0:
             name = by_code[int(codes)]
             return f"{name}: {RESULTS[getattr(RESULTS, name)]}"
-        counts = {by_code[int(c)]: int(n) for c, n in zip(*np.unique(codes, return_counts=True))}
+        found, numbers = np.unique(codes, return_counts=True)
+        counts = {by_code[int(c)]: int(n) for c, n in zip(found, numbers, strict=True)}
         good = counts.pop("successful", 0)
         if not counts:
             return f"successful: all {good} solves"
@@ -94,7 +96,7 @@ class Solution(eqx.Module):
         return f"{sum(counts.values())} of {codes.size} solves failed: " + "; ".join(parts)
 
     def __str__(self) -> str:
-        if isinstance(self.objective, jax.core.Tracer):
+        if isinstance(self.objective, Tracer):
             return "Solution(traced)"
         objective, optimality, feasibility, steps = (
             np.asarray(a)

@@ -19,7 +19,7 @@ def default_tolerance(dtype) -> float:
 
 
 def default_relative(dtype) -> float:
-    """The default `rtol`: 10 eps, the rounding error left of a residual as large as at the start."""
+    """The default `rtol`: 10 eps, the rounding error of a residual as large as at the start."""
     return 10 * float(jnp.finfo(dtype).eps)
 
 

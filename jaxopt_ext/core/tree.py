@@ -58,4 +58,3 @@ def same_types(a: PyTree, b: PyTree) -> bool:
         jnp.shape(u) == jnp.shape(v) and jnp.result_type(u) == jnp.result_type(v)
         for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
-

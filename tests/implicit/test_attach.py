@@ -371,7 +371,7 @@ def test_value_gradient_and_hessian_export(platform, linear_solver):
         (
             lambda: implicit.attach(lambda x: jnp.ones(3) * x.sum(), jnp.zeros(2)),
             ValueError,
-            r"condition must return a PyTree like x: it returned float64\[3\], expected float64\[2\]",
+            r"must return a PyTree like x: it returned float64\[3\], expected float64\[2\]",
         ),
         (
             lambda: implicit.attach(lambda x: x, jnp.zeros(2, int)),

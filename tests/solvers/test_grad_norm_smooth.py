@@ -144,8 +144,7 @@ def test_radius_does_not_collapse_after_convergence():
 
 
 def test_float32_reaches_its_rounding_level():
-    problem, start, b = log_sum_exp_problem()
-    del problem
+    _, _, b = log_sum_exp_problem()
     rows = jnp.eye(20, dtype=jnp.float32) - 0.05
     logits = jx.Minimization(lambda y, b: jax.nn.logsumexp(rows @ y - b) + jnp.sum(y**2) / 20)
     found = jx.solve(
