@@ -33,7 +33,7 @@ class Root(Condition):
     """F(x, *args) = 0 as it stands.
 
     Args:
-        fun: F.
+        fun: The function F.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,7 +56,7 @@ class FixedPoint(Condition):
     powers approximates the inverse.
 
     Args:
-        fun: T.
+        fun: The map T.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Stationary(Condition):
     """∇_x f(x, *args) = 0, the first-order condition of min f; ∂F/∂x is the Hessian.
 
     Args:
-        fun: f, returning a scalar.
+        fun: The function f, returning a scalar.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,7 +97,7 @@ class LeastSquares(Condition):
     """J(x)ᵀ r(x, *args) = 0, the first-order condition of min ½‖r‖²; ∂F/∂x is the full Hessian.
 
     Args:
-        residual: r, returning a PyTree.
+        residual: The function r, returning a PyTree.
 
     Example:
         >>> import jax.numpy as jnp

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 
@@ -27,11 +28,49 @@ def _identity_of(fun: Callable) -> Any:
         return structure, tuple(leaves)
 
 
-class _Program:
-    """The traced function; equal to another trace of the same function at the same types.
+def _fingerprint(jaxpr: jex.Jaxpr) -> tuple:
+    """What a trace says: its operations, wiring and baked-in numbers, not its object identities.
 
-    Equality is by function and types rather than by jaxpr, so that compiled code which takes a
-    `Hoisted` as a static argument is found again when the same function is solved a second time.
+    Python values that a function read while it was traced (a global number, a flag) show here, so
+    a function traced again after such a change is another program.
+    """
+    order: dict[Any, int] = {}
+
+    def operand(v):
+        if isinstance(v, jex.Literal):
+            return np.asarray(v.val).tobytes(), str(v.aval)
+        return order.setdefault(v, len(order))
+
+    def parameter(value):
+        if isinstance(value, jex.ClosedJaxpr):
+            return _fingerprint(value.jaxpr), tuple(id(const) for const in value.consts)
+        if isinstance(value, jex.Jaxpr):
+            return _fingerprint(value)
+        if isinstance(value, tuple | list):
+            return tuple(parameter(item) for item in value)
+        if value is None or isinstance(value, str | int | float | np.dtype):
+            return value
+        return type(value)  # functions and the like: new objects in every trace
+
+    def operation(eqn):
+        return (
+            eqn.primitive.name,
+            tuple(operand(v) for v in eqn.invars),
+            tuple((operand(v), str(v.aval)) for v in eqn.outvars),
+            tuple((name, parameter(value)) for name, value in sorted(eqn.params.items())),
+        )
+
+    inputs = tuple(operand(v) for v in (*jaxpr.constvars, *jaxpr.invars))
+    operations = tuple(operation(eqn) for eqn in jaxpr.eqns)
+    return inputs, operations, tuple(operand(v) for v in jaxpr.outvars)
+
+
+class _Program:
+    """The traced function; equal to another trace of the same function that reads the same.
+
+    Equality is by function, types and content rather than by identity of the trace, so that
+    compiled code which takes a `Hoisted` as a static argument is found again when the same
+    function is solved a second time.
     """
 
     def __init__(self, fun, jaxpr, const_types, in_tree, in_types, out_shape):
@@ -40,13 +79,16 @@ class _Program:
         self.in_types = in_types
         self.out_shape = out_shape
         self.out_tree = jax.tree.structure(out_shape)
-        self.key = (_identity_of(fun), in_tree, in_types, const_types)
+        self.key = (_identity_of(fun), in_tree, in_types, const_types, _fingerprint(jaxpr))
+        self.hash = hash(self.key)  # computed once: it is asked for at every call of a chunk
 
     def __hash__(self):
-        return hash(self.key)
+        return self.hash
 
     def __eq__(self, other):
-        return isinstance(other, _Program) and self.key == other.key
+        if self is other:
+            return True
+        return isinstance(other, _Program) and self.hash == other.hash and self.key == other.key
 
 
 class Hoisted(eqx.Module):

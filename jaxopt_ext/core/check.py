@@ -1,5 +1,6 @@
 """Argument checks: one sentence that names the argument, what came, and what was expected."""
 
+import dataclasses
 import difflib
 import math
 import numbers as abstract_numbers
@@ -103,7 +104,7 @@ class SettingsMeta(type(eqx.Module)):
 
         def __call__(cls, *args, **kwargs):
             """Construct, after checking that every keyword is a setting."""
-            known = [name for name, f in cls.__dataclass_fields__.items() if f.init]
+            known = [field.name for field in dataclasses.fields(cls) if field.init]
             for name in kwargs:
                 if name not in known:
                     near = difflib.get_close_matches(name, known, n=1)

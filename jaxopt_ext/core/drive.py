@@ -36,11 +36,28 @@ from jaxopt_ext.implicit.hoist import strong
 RECORDED = ("objective", "optimality", "feasibility", "step_size", "accepted")
 
 
-class _Best(eqx.Module):
-    """The best evaluated point so far."""
+class Best(eqx.Module):
+    """The best evaluated point so far.
+
+    Attributes:
+        value: The point.
+        info: What the step that found it reported.
+    """
 
     value: PyTree
     info: Info
+
+
+class RunState(eqx.Module):
+    """What a solve goes on from: a PyTree of arrays that can be saved and loaded.
+
+    Attributes:
+        solver: The solver's own state, as `solver.step` takes it.
+        best: The best point so far; `None` for a monotone solver, whose state holds it.
+    """
+
+    solver: Any
+    best: Best | None
 
 
 class _Carry(eqx.Module):
@@ -48,7 +65,7 @@ class _Carry(eqx.Module):
 
     state: Any
     info: Info
-    best: _Best | None  # None for a monotone solver: there it is the current point
+    best: Best | None  # None for a monotone solver: there it is the current point
     track: Track
     done: Array
     result: RESULTS
@@ -101,8 +118,9 @@ def solve(
         progress: `True` (tqdm, or text without it), `"tqdm"` or `"text"`.
         history: Record objective, optimality, feasibility, step size and acceptance of each step.
         callback: Called after each step with a `Snapshot`; returning True stops the solve.
-        time_limit: Wall-clock seconds for the steps; only where the call runs from Python.
-        state: Go on from `Solution.state` instead of `init`, bit for bit as if never stopped.
+        time_limit: Wall-clock seconds, compilation included; only where the call runs from Python.
+        state: Go on from `Solution.state` instead of `init`, bit for bit as if never stopped. With
+            other `args` the solver first brings its state up to date.
 
     Returns:
         A `Solution`.
@@ -119,7 +137,7 @@ def solve(
         >>> from jaxopt_ext import solvers
         >>> problem = jx.Minimization(lambda y, t: jnp.sum((y - t) ** 2) + jnp.sum(y**2))
         >>> solve = lambda t: jx.solve(problem, solvers.GradNormSmooth(), jnp.zeros(2), t).value
-        >>> print(solve(jnp.array([2.0, 4.0])))
+        >>> print(jnp.round(solve(jnp.array([2.0, 4.0])), 3))
         [1. 2.]
         >>> print(jax.jacobian(solve)(jnp.array([2.0, 4.0])))
         [[0.5 0. ]
@@ -170,7 +188,7 @@ def solve(
         stats=Stats(carry.track.steps, carry.info.counts),
         aux=info.aux,
         history=carry.history,
-        state=carry.state,
+        state=RunState(carry.state, carry.best),
     )
     if throw and not isinstance(solution.objective, Tracer):
         solution.check()
@@ -190,13 +208,13 @@ def _prepare(job: _Job, value, key, resumed, history_length) -> _Carry:
     if resumed is None:
         state = fresh()
     else:
-        state = resumed
         expected = jax.eval_shape(fresh)
-        if not tree.same_types(state, expected):
+        if not isinstance(resumed, RunState) or not tree.same_types(resumed.solver, expected):
             raise ValueError(
-                f"solve: state is {tree.describe(state)}, expected a state of "
-                f"{type(job.solver).__name__} for init {tree.describe(value)}"
+                f"solve: state is {tree.describe(resumed)}, expected the `state` of a Solution "
+                f"found by {type(job.solver).__name__} for init {tree.describe(value)}"
             )
+        state = job.solver.resume(job.problem, job.args, resumed.solver)
     _, info = jax.eval_shape(lambda s: _solver_step(job, s), state)
     info = jax.tree.map(_unknown, info)
     zero = jnp.zeros((), jnp.int32)
@@ -205,7 +223,10 @@ def _prepare(job: _Job, value, key, resumed, history_length) -> _Carry:
         history = {
             name: jnp.full(history_length, jnp.nan, info.objective.dtype) for name in RECORDED
         }
-    best = None if job.solver.monotone else _Best(state.value, info)
+    if job.solver.monotone:
+        best = None
+    else:
+        best = Best(state.value, info) if resumed is None else resumed.best
     done = jnp.array(False)
     return _Carry(state, info, best, Track(zero, zero), done, RESULTS.max_steps_reached, history)
 
@@ -246,8 +267,8 @@ def _one_step(job: _Job, carry: _Carry, listener) -> _Carry:
     if carry.best is None:
         best, better = None, info.accepted
     else:
-        better = first | _better(info, carry.best.info)
-        best = tree.where(better, _Best(state.value, info), carry.best)
+        better = _better(info, carry.best.info, job.problem.has_objective)
+        best = tree.where(better, Best(state.value, info), carry.best)
     steps = carry.track.steps + 1
     track = Track(steps, jnp.where(better, 0, carry.track.since_best + 1))
 
@@ -288,25 +309,27 @@ def _one_step(job: _Job, carry: _Carry, listener) -> _Carry:
     return _Carry(state, info, best, track, done, result, history)
 
 
-def _better(new: Info, old: Info):
-    """Less infeasible, or equally feasible with an objective (else residual) at least as good."""
+def _better(new: Info, old: Info, has_objective: bool):
+    """Less infeasible, or equally feasible with an objective (else residual) at least as good.
+
+    Nothing is worse than a point that is not finite, or not known yet.
+    """
     tolerance = default_tolerance(new.feasibility.dtype)
 
     def violation(info):
         return jnp.where(info.feasibility <= tolerance, 0, info.feasibility)
 
-    def merit(info):
-        return jnp.where(jnp.isnan(info.objective), info.optimality, info.objective)
-
     a, b = violation(new), violation(old)
-    old_unknown = jnp.isnan(merit(old)) & ~jnp.isnan(merit(new))
-    return (a < b) | ((a == b) & (merit(new) <= merit(old))) | old_unknown
+    merit = (lambda info: info.objective) if has_objective else (lambda info: info.optimality)
+    unknown = jnp.isnan(merit(old)) | jnp.isnan(b)
+    better = (a < b) | ((a == b) & (merit(new) <= merit(old)))
+    return unknown | (better & ~jnp.isnan(merit(new)))
 
 
 @eqx.filter_jit
 def _choose(carry: _Carry):
     """The final point where the criterion was met there, else the best evaluated one."""
-    final = _Best(carry.state.value, carry.info)
+    final = Best(carry.state.value, carry.info)
     if carry.best is not None:
         final = tree.where(carry.result == RESULTS.successful, final, carry.best)
     return final.value, final.info
@@ -408,8 +431,10 @@ def _differentiate(live: _Job, solution: Solution, adjoint: implicit.Adjoint) ->
     value, multipliers = solution.value, solution.multipliers
     if isinstance(adjoint, implicit.OneStepAdjoint):
         run = _Iterations(adjoint.steps)
-        eqx.filter_eval_shape(run, live, solution.state, value)  # refuse here what has no such map
-        value = follow(run, value, live, solution.state, value)
+        eqx.filter_eval_shape(
+            run, live, solution.state.solver, value
+        )  # refuse here what has no such map
+        value = follow(run, value, live, solution.state.solver, value)
     else:
         linear_solver = getattr(adjoint, "linear_solver", None)
         condition = live.solver.condition(live.problem)

@@ -32,7 +32,7 @@ class Problem(eqx.Module):
 
     @property
     def constraints(self) -> frozenset[str]:
-        """Kinds of constraint present: any of `equality`, `inequality`, `bounds`, `sets`."""
+        """Which of `equality`, `inequality`, `bounds` and `sets` are present."""
         return frozenset()
 
     def trace(self, value: PyTree, args: PyTree) -> Self:
@@ -552,5 +552,5 @@ class FixedPoint(Problem):
         return self._with(fun=fun)
 
     def condition(self):
-        """Y − T(y, θ) = 0."""
+        """The residual y − T(y, θ)."""
         return implicit.FixedPoint(_without_aux(self.fun, self.has_aux))

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxopt_ext.core.solver import Info
+from jaxopt_ext.implicit import detach
 
 
 class Snapshot(eqx.Module):
@@ -156,6 +157,7 @@ def emit(listener: Callback, now: Snapshot) -> Array:
             print(f"jaxopt_ext: callback raised {error!r}; the solve is stopped", file=sys.stderr)
             return np.asarray(True)
 
+    now = detach(now)
     leaves, structure = jax.tree.flatten(now)
     residual_index = next(i for i, leaf in enumerate(leaves) if leaf is now.optimality)
 

@@ -41,7 +41,7 @@ class Solution(eqx.Module):
         stats: Steps and evaluation counts.
         aux: The auxiliary output there.
         history: Arrays of length `max_steps` by name, NaN after the last step; `None` unless asked.
-        state: The solver's state after the last step; pass it as `state=` to go on.
+        state: What to pass as `state=` to go on; the solver's own state is `state.solver`.
     """
 
     value: PyTree

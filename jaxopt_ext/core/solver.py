@@ -19,8 +19,8 @@ def default_tolerance(dtype) -> float:
 
 
 def default_relative(dtype) -> float:
-    """The default `rtol`: 10 eps, the rounding error of a residual as large as at the start."""
-    return 10 * float(jnp.finfo(dtype).eps)
+    """The default `rtol`: eps, the rounding error of a residual as large as at the start."""
+    return float(jnp.finfo(dtype).eps)
 
 
 class Counts(eqx.Module):
@@ -93,7 +93,7 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
         needs_key: Whether it needs a random key.
         monotone: Whether `state.value` is always the best point evaluated so far; then the driver
             keeps no second copy.
-        rtol: Relative tolerance on the optimality residual; `None` means 10 eps of the dtype.
+        rtol: Relative tolerance on the optimality residual; `None` means eps of the dtype.
         atol: Absolute tolerance on the optimality residual; `None` means eps^(2/3) of the dtype.
     """
 
@@ -125,17 +125,34 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
         raise NotImplementedError
 
     def step(self, problem: Problem, args: PyTree, state: Any) -> tuple[Any, Info]:
-        """One iteration; `args` may differ from call to call (a minibatch).
+        """One iteration.
 
         Args:
             problem: The problem that `init` was given.
-            args: Passed to the problem's functions.
+            args: Passed to the problem's functions. To change them between steps (a minibatch),
+                pass the state through `resume` first.
             state: The state after the previous step.
 
         Returns:
             The next state and what the step reports.
         """
         raise NotImplementedError
+
+    def resume(self, problem: Problem, args: PyTree, state: Any) -> Any:
+        """Make a state fit for `args` that may differ from those of its last step.
+
+        Where they do not differ, the state must come back unchanged. The default is right for a
+        solver whose state remembers no evaluation.
+
+        Args:
+            problem: The problem that `init` was given.
+            args: Passed to the problem's functions from now on.
+            state: The state after an earlier step.
+
+        Returns:
+            The state to go on from.
+        """
+        return state
 
     def stop(
         self, problem: Problem, args: PyTree, state: Any, info: Info

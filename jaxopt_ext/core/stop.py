@@ -66,7 +66,7 @@ class Optimality(Criterion):
     The scale is the method's own (for smooth minimization: the gradient at the start).
 
     Args:
-        rtol: Relative tolerance, dimensionless; `None` means 10 eps of the dtype.
+        rtol: Relative tolerance, dimensionless; `None` means eps of the dtype.
         atol: Absolute tolerance, in units of the residual; `None` means eps^(2/3).
 
     Raises:
@@ -78,7 +78,8 @@ class Optimality(Criterion):
         >>> from jaxopt_ext import solvers
         >>> problem = jx.Minimization(lambda y, args: jnp.sum((y - 1.0) ** 2))
         >>> stop = jx.Optimality(atol=1e-3) | jx.Target(1e-12)
-        >>> print(jx.solve(problem, solvers.GradNormSmooth(), jnp.zeros(2), stop=stop).value)
+        >>> found = jx.solve(problem, solvers.GradNormSmooth(), jnp.zeros(2), stop=stop)
+        >>> print(jnp.round(found.value, 2))
         [1. 1.]
     """
 
@@ -142,7 +143,7 @@ class StepSize(Criterion):
 
 
 class ValueChange(Criterion):
-    """An accepted step that changed the objective by at most atol + rtol·|objective|.
+    """An accepted step that changed the objective by at most atol + rtol times its size.
 
     Args:
         rtol: Relative tolerance, dimensionless.

@@ -284,6 +284,38 @@ def test_max_steps_keeps_the_work_and_resume_is_bitwise(entry, tmp_path):
 
 
 @ENTRIES
+def test_resume_with_other_args_solves_the_other_problem(entry):
+    home = entry.homes[0]
+    args = home.args(jnp.float64)
+    first = run(entry, home).check()
+    other = run(entry, home, args=args + 1.0, state=first.state).check()
+    assert relative(other.value, home.solution(args + 1.0)) < 1e-8
+    # and where nothing changed there is nothing to redo
+    assert int(run(entry, home, state=first.state).check().stats.steps) == 1
+
+
+@ENTRIES
+def test_python_values_that_changed_between_solves_are_seen(entry):
+    home, shift = entry.homes[0], [0.0]
+
+    def shifted(y, args):
+        return home.problem.fun(y - shift[0], args)
+
+    def solution():
+        return jx.solve(
+            jx.Minimization(shifted),
+            entry.make(),
+            home.init(jnp.float64),
+            home.args(jnp.float64),
+            key=key_for(entry),
+        ).value
+
+    before = solution()
+    shift[0] = 2.0
+    assert relative(solution(), before + 2.0) < 1e-8
+
+
+@ENTRIES
 def test_start_that_is_not_finite_is_named(entry):
     home = entry.homes[0]
     found = jx.solve(
@@ -461,7 +493,7 @@ def test_bad_input_is_refused_in_one_sentence(entry):
     )
     refused(
         ValueError,
-        "expected a state of",
+        "expected the `state` of a Solution",
         problem,
         solver,
         good,

@@ -70,7 +70,48 @@ def test_best_point_is_kept_when_the_budget_runs_out():
     assert found.result == jx.RESULTS.max_steps_reached
     assert float(found.objective) == float(jnp.nanmin(found.history["objective"]))
     np.testing.assert_allclose(found.objective, jnp.sum(jnp.abs(found.value)), rtol=1e-12)
-    assert float(jnp.abs(found.state.value[0])) > float(jnp.abs(found.value[0]))
+    assert float(jnp.abs(found.state.solver.value[0])) > float(jnp.abs(found.value[0]))
+
+
+def test_a_point_with_a_nan_objective_is_never_the_best():
+    # steps from (3, 5) towards 0 end in the region where the objective is NaN and its gradient not
+    problem = jx.Minimization(lambda y, args: jnp.sum(jnp.where(y > 1, y**2, jnp.nan)))
+    found = jx.solve(problem, Descent(), jnp.array([3.0, 5.0]))
+    assert found.result == jx.RESULTS.nonfinite_step
+    assert bool(jnp.isfinite(found.objective))
+    np.testing.assert_allclose(found.objective, jnp.sum(found.value**2))
+    assert float(jnp.min(found.value)) > 1
+
+
+def test_resuming_remembers_the_best_point():
+    problem = jx.Minimization(lambda y, args: jnp.sum(jnp.arange(1.0, 4.0) * y**2) / 2)
+    init, options = jnp.ones(3), {"stop": jx.Target(-1.0)}
+    whole = jx.solve(problem, Descent(rate=0.71), init, max_steps=5, **options)
+    half = jx.solve(problem, Descent(rate=0.71), init, max_steps=3, **options)
+    rest = jx.solve(problem, Descent(rate=0.71), init, max_steps=2, state=half.state, **options)
+    np.testing.assert_array_equal(rest.value, whole.value)
+    np.testing.assert_array_equal(rest.objective, whole.objective)
+    assert float(whole.objective) < float(problem.fun(whole.state.solver.value, None))
+
+
+def test_unrolled_gradient_with_a_callback():
+    seen = []
+
+    def loss(t):
+        problem = jx.Minimization(lambda y, args: jnp.sum((y - t) ** 2))
+        found = jx.solve(
+            problem,
+            Descent(rate=0.25),
+            jnp.zeros(2),
+            max_steps=3,
+            adjoint=implicit.UnrolledAdjoint(),
+            callback=lambda now: seen.append(int(now.steps)),
+        )
+        return jnp.sum(found.value)
+
+    # y_k = (1 − 2^{-k}) t
+    np.testing.assert_allclose(jax.grad(loss)(jnp.ones(2)), np.full(2, 1 - 2.0**-3))
+    assert {1, 2, 3} <= set(seen)
 
 
 def test_unbounded_objective_is_called_diverged():

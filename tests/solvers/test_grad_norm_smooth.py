@@ -140,7 +140,7 @@ def test_radius_does_not_collapse_after_convergence():
     problem, start, b = log_sum_exp_problem()
     found = jx.solve(problem, solvers.GradNormSmooth(rtol=0.0, atol=0.0), start, b, max_steps=60)
     assert float(found.optimality) < 1e-14
-    assert float(found.state.radius) > 1e-6
+    assert float(found.state.solver.radius) > 1e-6
 
 
 def test_float32_reaches_its_rounding_level():
