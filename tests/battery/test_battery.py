@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.flatten_util import ravel_pytree
 
 import jaxopt_ext as jx
@@ -177,7 +178,7 @@ def test_value_gradient_and_hessian_export_without_host_callbacks(entry, platfor
 
     args = jax.ShapeDtypeStruct((3,), jnp.float32)
     for derivative in (loss, jax.grad(loss), jax.hessian(loss)):
-        exported = jax.export.export(jax.jit(derivative), platforms=[platform])(args)
+        exported = export.export(jax.jit(derivative), platforms=[platform])(args)
         text = exported.mlir_module()
         assert "stablehlo.while" in text  # the solver itself is in there
         targets = re.findall(r"custom_call @(\w+)", text)

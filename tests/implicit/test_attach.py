@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -359,7 +360,7 @@ def test_value_gradient_and_hessian_export(platform, linear_solver):
     loss = outer(functools.partial(root, linear_solver=linear_solver))
     shape = jax.ShapeDtypeStruct((2,), jnp.float32)
     for derivative in (loss, jax.grad(loss), jax.hessian(loss)):
-        exported = jax.export.export(jax.jit(derivative), platforms=[platform])(shape)
+        exported = export.export(jax.jit(derivative), platforms=[platform])(shape)
         assert exported.platforms == (platform,)
         assert "xla_python_cpu_callback" not in exported.mlir_module()
         assert "xla_ffi_python" not in exported.mlir_module()
