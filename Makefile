@@ -3,13 +3,19 @@ PYTHON ?= python3
 DEMO_VENV := .venv-demo
 DEV_VENV := .venv-dev
 
-.PHONY: demo test lint docs bench-compile clean
+.PHONY: demo test test-types lint docs bench-compile clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python -m jaxopt_ext.bench.demo
 
 test: $(DEV_VENV)/ready
 	$(DEV_VENV)/bin/python -m pytest -n auto
+
+# Annotated types and shapes checked while the solvers run. Refusals of bad input are left out: there
+# the checker would speak before the library does.
+test-types: $(DEV_VENV)/ready
+	$(DEV_VENV)/bin/python -m pytest -n auto tests/battery tests/solvers -k 'not refused' \
+		--jaxtyping-packages=jaxopt_ext,beartype.beartype
 
 lint: $(DEV_VENV)/ready
 	$(DEV_VENV)/bin/ruff check .

@@ -6,7 +6,7 @@ inside `jax.lax.custom_linear_solve`. Then one rule in forward mode gives all th
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -46,6 +46,7 @@ class LinearOperator(eqx.Module):
         return columns(vary_like(jnp.eye(flat.size, dtype=flat.dtype), self.structure)).T
 
 
+@runtime_checkable
 class LinearSolver(Protocol):
     """The protocol: any callable `(operator, rhs) -> solution` that JAX can transpose."""
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxopt_ext.core import check, tree
 from jaxopt_ext.core.problem import ComposedMinimization, LeastSquares, Minimization
 from jaxopt_ext.core.result import RESULTS
-from jaxopt_ext.core.solver import AbstractSolver, Counts, Info
+from jaxopt_ext.core.solver import AbstractSolver, Counts, Info, Number
 from jaxopt_ext.solvers.hessian_models import ExactHessian, HessianModel
 
 
@@ -101,11 +101,11 @@ class GradNormSmooth(AbstractSolver):
     monotone: ClassVar[bool] = True
 
     hessian: HessianModel = ExactHessian()
-    radius: float | Array = 1.0
-    grow: float | Array = 2.0
-    shrink: float | Array = 0.5
-    decrease: float | Array = 0.125
-    max_radius: float | Array = 1e16
+    radius: Number = 1.0
+    grow: Number = 2.0
+    shrink: Number = 0.5
+    decrease: Number = 0.125
+    max_radius: Number = 1e16
 
     def __check_init__(self):
         check.number("GradNormSmooth", "radius", self.radius, above=0)

@@ -5,7 +5,7 @@ A model allocates its data (`zero`), computes it at an accepted point (`build`),
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 
+@runtime_checkable
 class HessianModel(Protocol):
     """What `GradNormSmooth` needs of a Hessian model."""
 

@@ -54,9 +54,9 @@ def number(
     name: str,
     value: Any,
     *,
-    above: float | None = None,
-    below: float | None = None,
-    at_least: float | None = None,
+    above: float | int | None = None,
+    below: float | int | None = None,
+    at_least: float | int | None = None,
 ) -> None:
     """Check a scalar setting: open lower and upper limits, closed lower limit.
 

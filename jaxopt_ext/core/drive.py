@@ -95,7 +95,7 @@ def solve(
     progress: bool | str | None = None,
     history: bool = False,
     callback: Callback | None = None,
-    time_limit: float | None = None,
+    time_limit: float | int | None = None,
     state: Any = None,
 ) -> Solution:
     """Solve a problem and make the solution differentiable.

@@ -7,7 +7,7 @@ problem knows a solver.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxopt_ext import implicit
 from jaxopt_ext.core import check, tree
+
+
+P = TypeVar("P", bound="Problem")
 
 
 class Problem(eqx.Module):
@@ -35,7 +38,7 @@ class Problem(eqx.Module):
         """Which of `equality`, `inequality`, `bounds` and `sets` are present."""
         return frozenset()
 
-    def trace(self, value: PyTree, args: PyTree) -> Self:
+    def trace(self: P, value: PyTree, args: PyTree) -> P:
         """Call each user function once, check its output, and keep it as a program.
 
         Args:
@@ -73,7 +76,7 @@ class Problem(eqx.Module):
         owner = type(self).__name__
         return check.call(owner, name, lambda: implicit.hoist(fun, *inputs), value, args)
 
-    def _with(self, **changes: Any) -> Self:
+    def _with(self: P, **changes: Any) -> P:
         return dataclasses.replace(self, **changes)
 
 

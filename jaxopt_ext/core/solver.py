@@ -13,6 +13,9 @@ from jaxopt_ext.core.problem import Problem
 from jaxopt_ext.core.result import RESULTS
 
 
+Number = float | int | Array  # a numeric setting: an input of the compiled program
+
+
 def default_tolerance(dtype) -> float:
     """The default `atol`: eps^(2/3), 3.7e-11 in float64 and 2.4e-5 in float32."""
     return float(jnp.finfo(dtype).eps) ** (2 / 3)
@@ -102,8 +105,8 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
     needs_key: ClassVar[bool] = False
     monotone: ClassVar[bool] = False
 
-    rtol: float | None = eqx.field(default=None, kw_only=True)
-    atol: float | None = eqx.field(default=None, kw_only=True)
+    rtol: Number | None = eqx.field(default=None, kw_only=True)
+    atol: Number | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         for name in ("rtol", "atol"):

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxopt_ext.core import check
 from jaxopt_ext.core.result import RESULTS
-from jaxopt_ext.core.solver import Info, default_relative, default_tolerance
+from jaxopt_ext.core.solver import Info, Number, default_relative, default_tolerance
 
 
 class Track(eqx.Module):
@@ -83,8 +83,8 @@ class Optimality(Criterion):
         [1. 1.]
     """
 
-    rtol: float | None = None
-    atol: float | None = None
+    rtol: Number | None = None
+    atol: Number | None = None
 
     def __check_init__(self):
         for name in ("rtol", "atol"):
@@ -109,7 +109,7 @@ class Feasible(Criterion):
         ValueError: The tolerance is negative.
     """
 
-    tol: float | None = None
+    tol: Number | None = None
 
     def __check_init__(self):
         if self.tol is not None:
@@ -131,7 +131,7 @@ class StepSize(Criterion):
         ValueError: The tolerance is negative.
     """
 
-    tol: float
+    tol: Number
 
     def __check_init__(self):
         check.number("StepSize", "tol", self.tol, at_least=0)
@@ -153,8 +153,8 @@ class ValueChange(Criterion):
         ValueError: A tolerance is negative.
     """
 
-    rtol: float = 0.0
-    atol: float = 0.0
+    rtol: Number = 0.0
+    atol: Number = 0.0
 
     def __check_init__(self):
         check.number("ValueChange", "rtol", self.rtol, at_least=0)
@@ -173,7 +173,7 @@ class Target(Criterion):
         value: In units of the objective.
     """
 
-    value: float
+    value: Number
 
     def __check_init__(self):
         check.number("Target", "value", self.value)
@@ -193,7 +193,7 @@ class Stalled(Criterion):
         ValueError: `steps` is less than 1.
     """
 
-    steps: int
+    steps: int | Array
 
     def __check_init__(self):
         if not eqx.is_array(self.steps):
@@ -216,7 +216,7 @@ class Evaluations(Criterion):
         ValueError: `limit` is less than 1, or `kind` is not a kind of evaluation.
     """
 
-    limit: int
+    limit: int | Array
     kind: str = eqx.field(static=True, default="value")
 
     def __check_init__(self):
