@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, PyTree
 from jaxopt_ext import implicit
 from jaxopt_ext.core import check, tree
 
-
 P = TypeVar("P", bound="Problem")
 
 

@@ -12,7 +12,6 @@ from jaxopt_ext.core import check
 from jaxopt_ext.core.problem import Problem
 from jaxopt_ext.core.result import RESULTS
 
-
 Number = float | int | Array  # a numeric setting: an input of the compiled program
 
 
