@@ -350,13 +350,15 @@ def _run_on_host(job, carry, max_steps, sink, callback, time_limit) -> _Carry:
 
     Ctrl-C keeps the last chunk's result.
     """
-    started, chunk, steps = time.perf_counter(), 1, 0
+    started, steps = time.perf_counter(), 0
+    watched = sink is not None or callback is not None or time_limit is not None
+    chunk = 1 if watched else 8
     try:
         while steps < max_steps:
             began = time.perf_counter()
             limit = jnp.asarray(min(steps + chunk, max_steps))
             carry = _advance(job, carry, limit, None, None, None)
-            steps, done = int(carry.track.steps), bool(carry.done)
+            steps, done = map(int, jax.device_get((carry.track.steps, carry.done)))
             took = time.perf_counter() - began
             now = None
             if sink is not None or callback is not None:
