@@ -194,6 +194,8 @@ def strong(tree: PyTree, dtype: Any) -> PyTree:
     def convert(leaf):
         if isinstance(leaf, float):
             return jnp.asarray(leaf, dtype)
+        if isinstance(leaf, complex):
+            return jnp.asarray(leaf, jnp.result_type(dtype, jnp.complex64))
         if not (eqx.is_array(leaf) or hasattr(leaf, "__array__")):
             return leaf
         array = jnp.asarray(leaf)

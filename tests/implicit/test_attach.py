@@ -316,6 +316,23 @@ def test_python_float_and_float32():
     np.testing.assert_allclose(double(4.0), 0.25)
 
 
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+def test_complex_root_of_a_holomorphic_condition(dtype):
+    t = jnp.asarray(1.0 + 2.0j, dtype)
+
+    def square_root(t):
+        return implicit.attach(lambda x, t: x**2 - t, jnp.sqrt(jax.lax.stop_gradient(t)), t)
+
+    tolerance = 1e-5 if dtype == jnp.complex64 else 1e-12
+    expected = 1 / (2 * jnp.sqrt(t))
+    np.testing.assert_allclose(jax.grad(square_root, holomorphic=True)(t), expected, rtol=tolerance)
+    np.testing.assert_allclose(
+        jax.jvp(square_root, (t,), (jnp.ones_like(t),))[1], expected, rtol=tolerance
+    )
+    second = jax.grad(jax.grad(square_root, holomorphic=True), holomorphic=True)(t)
+    np.testing.assert_allclose(second, -1 / (4 * t * jnp.sqrt(t)), rtol=tolerance)
+
+
 def test_cotangents_of_any_size_give_the_same_relative_gradient():
     for linear_solver in SOLVERS.values():
         for dtype, scales in ((jnp.float64, (1e-30, 1e30)), (jnp.float32, (1e-30, 1e30))):
@@ -420,3 +437,18 @@ def test_hoisting_finds_every_captured_array_and_keeps_one_program():
     with pytest.raises(TypeError, match="arguments of other types"):
         first(jnp.zeros(3), "kept")
     assert implicit.hoist(first, jnp.zeros(2), "kept") is first
+
+
+def test_condition_with_a_forward_derivative_only():
+    """A `while_loop` inside the condition: jvp and jacfwd work, as they do for the loop itself."""
+
+    def condition(x, t):
+        halves = jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x / 2 + x), (0, x)
+        )[1]
+        return halves + x - t
+
+    def solution(t):
+        return implicit.attach(condition, jnp.zeros(2), t)
+
+    np.testing.assert_allclose(jax.jacfwd(solution)(jnp.zeros(2)), np.eye(2) / 2)
