@@ -19,16 +19,19 @@ def test_ipopt_example_of_the_documentation():
     names: dict = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(code, str(PAGE), "exec"), names)
-        for t in (jnp.array([3.0, 4.0]), jnp.array([0.2, -0.5])):
-            # projection onto the quarter disc: clip, then scale into the disc
-            def projection(t):
-                inside = jnp.maximum(t, 0.0)
-                return inside / jnp.maximum(1.0, jnp.linalg.norm(inside))
 
-            np.testing.assert_allclose(names["best"](t), projection(t), atol=1e-7)
-            np.testing.assert_allclose(
-                jax.jacobian(names["best"])(t), jax.jacobian(projection)(t), atol=1e-6
-            )
+        # projection onto the quarter disc: clip, then scale into the disc
+        def projection(t):
+            inside = jnp.maximum(t, 0.0)
+            return inside / jnp.maximum(1.0, jnp.linalg.norm(inside))
+
+        targets = jnp.array([[3.0, 4.0], [0.2, -0.5]])
+        best = jax.jit(jax.vmap(names["best"]))(targets)
+        np.testing.assert_allclose(best, jax.vmap(projection)(targets), atol=1e-7)
+        jacobians = jax.jit(jax.vmap(jax.jacobian(names["best"])))(targets)
+        np.testing.assert_allclose(
+            jacobians, jax.vmap(jax.jacobian(projection))(targets), atol=1e-6
+        )
 
 
 def test_scipy_least_squares_with_its_own_stopping():
