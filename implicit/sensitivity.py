@@ -38,10 +38,10 @@ def solution_jacobian(
         >>> import jax.numpy as jnp
         >>> from jaxopt_ext import implicit
         >>> condition = implicit.Root(lambda x, t: x**2 - t)
-        >>> x, t = jnp.array([2.0, 3.0]), jnp.array([4.0, 9.0])
-        >>> print(jnp.round(implicit.solution_jacobian(condition, x, t), 4))
-        [[0.25   0.    ]
-         [0.     0.1667]]
+        >>> x, t = jnp.array([2.0, 4.0]), jnp.array([4.0, 16.0])
+        >>> print(implicit.solution_jacobian(condition, x, t))  # 1 / (2 x)
+        [[0.25  0.   ]
+         [0.    0.125]]
     """
     if not 0 <= argnum < len(args):
         raise ValueError(
@@ -153,9 +153,10 @@ def covariance(
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxopt_ext import implicit
-        >>> y = jnp.array([1.0, 2.0, 3.0, 6.0])
-        >>> print(implicit.covariance(lambda mean: y - mean, jnp.array(3.0)))  # s² / 4
-        [[1.1666666]]
+        >>> y = jnp.array([0.0, 0.0, 6.0, 6.0])
+        >>> variance = implicit.covariance(lambda mean: y - mean, jnp.array(3.0))
+        >>> print(round(float(variance[0, 0]), 4))  # s² / 4 with s² = 12
+        3.0
     """
     x = as_solution(x)
     flat, unravel = ravel_pytree(x)
