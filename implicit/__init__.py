@@ -33,6 +33,7 @@ from jaxopt_ext.implicit.hoist import Hoisted, detach, hoist
 from jaxopt_ext.implicit.linear_solvers import (
     CG,
     GMRES,
+    LSMR,
     MINRES,
     Auto,
     BiCGStab,
@@ -57,6 +58,7 @@ __all__ = [
     "CG",
     "GMRES",
     "KKT",
+    "LSMR",
     "MINRES",
     "Adjoint",
     "Auto",

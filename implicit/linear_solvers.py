@@ -520,6 +520,100 @@ class NormalCG(_Krylov):
         return _times(scale, x)
 
 
+def _lsmr(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
+    """Fong and Saunders' recurrences: Golub–Kahan bidiagonalization and two QR factorizations."""
+    pull = jax.linear_transpose(mv, b)
+    tiny = float(jnp.finfo(_dtype(b)).tiny)
+    flat = float(jnp.finfo(_dtype(b)).eps)
+
+    def normalized(v):
+        size = jnp.sqrt(_dot(v, v))
+        return _times(1 / jnp.maximum(size, tiny), v), size
+
+    u, beta = normalized(b)
+    v, alpha = normalized(pull(u)[0])
+    zeros = jax.tree.map(jnp.zeros_like, b)
+    zero, one = jnp.zeros_like(beta), jnp.ones_like(beta)
+    state = dict(
+        x=zeros, u=u, v=v, h=v, h_bar=zeros, alpha=alpha, alpha_bar=alpha, rho=one, rho_bar=one,
+        c_bar=one, s_bar=zero, zeta=zero, zeta_bar=alpha * beta, beta_dd=beta, beta_d=zero,
+        rho_d=one, tau=zero, theta=zero, d=zero, size=alpha**2, left=beta,
+    )  # fmt: skip
+    state = vary_like(state, b) | {"k": 0}
+
+    def proceed(s):
+        unsolved = s["left"] > tol * beta
+        # ‖Aᵀr‖ tiny beside ‖A‖ ‖r‖: a least-squares solution of an inconsistent system
+        moving = jnp.abs(s["zeta_bar"]) > flat * jnp.sqrt(s["size"]) * s["left"]
+        return (s["k"] < max_steps) & unsolved & moving
+
+    def step(s):
+        u, beta = normalized(_subtract(mv(s["v"]), _times(s["alpha"], s["u"])))
+        v, alpha = normalized(_subtract(pull(u)[0], _times(beta, s["v"])))
+        rho = jnp.hypot(s["alpha_bar"], beta)
+        c, sine = s["alpha_bar"] / rho, beta / rho
+        theta_new, alpha_bar = sine * alpha, c * alpha
+        theta_bar, rho_temp = s["s_bar"] * rho, s["c_bar"] * rho
+        rho_bar = jnp.hypot(rho_temp, theta_new)
+        c_bar, s_bar = rho_temp / rho_bar, theta_new / rho_bar
+        zeta, zeta_bar = c_bar * s["zeta_bar"], -s_bar * s["zeta_bar"]
+        along = theta_bar * rho / (s["rho"] * s["rho_bar"])
+        h_bar = _subtract(s["h"], _times(along, s["h_bar"]))
+        x = _add(s["x"], _times(zeta / (rho * rho_bar), h_bar))
+        h = _subtract(v, _times(theta_new / rho, s["h"]))
+        # ‖r‖, by a third sequence of rotations
+        beta_hat, beta_dd = c * s["beta_dd"], -sine * s["beta_dd"]
+        rho_tilde = jnp.hypot(s["rho_d"], theta_bar)
+        c_tilde, s_tilde = s["rho_d"] / rho_tilde, theta_bar / rho_tilde
+        theta, rho_d = s_tilde * rho_bar, c_tilde * rho_bar
+        beta_d = -s_tilde * s["beta_d"] + c_tilde * beta_hat
+        tau = (s["zeta"] - s["theta"] * s["tau"]) / rho_tilde
+        tau_d = (zeta - theta * tau) / rho_d
+        left = jnp.sqrt(s["d"] + (beta_d - tau_d) ** 2 + beta_dd**2)
+        return dict(
+            x=x, u=u, v=v, h=h, h_bar=h_bar, alpha=alpha, alpha_bar=alpha_bar, rho=rho,
+            rho_bar=rho_bar, c_bar=c_bar, s_bar=s_bar, zeta=zeta, zeta_bar=zeta_bar,
+            beta_dd=beta_dd, beta_d=beta_d, rho_d=rho_d, tau=tau, theta=theta, d=s["d"],
+            size=s["size"] + beta**2 + alpha**2, left=left, k=s["k"] + 1,
+        )  # fmt: skip
+
+    return jax.lax.while_loop(proceed, step, state)["x"]
+
+
+class LSMR(_Krylov):
+    """Least-squares minimum residual method, for any operator; matrix-free.
+
+    Two operator products (one of them transposed) and O(n) per step. In exact arithmetic it is
+    MINRES on AᵀA x = Aᵀb, but it never forms the squared matrix: it measures ‖A x − b‖ itself and
+    stays accurate where `NormalCG` does not. Where A is singular it tends to the solution of least
+    norm of the least-squares problem.
+
+    Args:
+        rtol: Relative residual ‖A x − b‖ / ‖b‖, dimensionless; `None` means eps^(3/4) of the
+            dtype. It also stops at a least-squares solution of an inconsistent system.
+        max_steps: Iterations at most; `None` means min(10 n, 1000).
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Reference:
+        Fong, Saunders, "LSMR: An Iterative Algorithm for Sparse Least-Squares Problems", SIAM J.
+        Sci. Comput. 33 (2011).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext.implicit import LSMR, LinearOperator
+        >>> A = jnp.array([[0.0, 2.0], [-1.0, 0.0]])
+        >>> operator = LinearOperator(lambda v: A @ v, jnp.zeros(2))
+        >>> print(jnp.round(LSMR()(operator, jnp.array([2.0, -3.0])), 4))
+        [3. 1.]
+    """
+
+    def method(self, mv, rhs, tol, max_steps) -> PyTree:
+        """Run the iteration on a right-hand side of unit size."""
+        return _lsmr(mv, rhs, tol, max_steps)
+
+
 class Auto(eqx.Module):
     """Dense up to a size, matrix-free above it.
 

@@ -50,6 +50,7 @@ CASES = {
     "gmres": (implicit.GMRES(restart=3), SKEW, {}),
     "bicgstab": (implicit.BiCGStab(), SKEW, {}),
     "normal-cg": (implicit.NormalCG(), SKEW, {}),
+    "lsmr": (implicit.LSMR(), SKEW, {}),
     "neumann": (implicit.Neumann(120, step=0.25), SKEW, {}),
     "nystrom": (implicit.Nystrom(3, 1e-11, KEY), MATRIX, SYMMETRIC),
     "nystrom-cg": (implicit.NystromCG(2, KEY), MATRIX, POSITIVE),
@@ -128,6 +129,7 @@ SCALED = {
     "gmres": (implicit.GMRES(restart=3), SKEW, {}),
     "bicgstab": (implicit.BiCGStab(), SKEW, {}),
     "normal-cg": (implicit.NormalCG(), SKEW, {}),
+    "lsmr": (implicit.LSMR(), SKEW, {}),
     "nystrom-cg": (implicit.NystromCG(2, KEY), MATRIX, POSITIVE),
     "shared": (implicit.Shared(jnp.linalg.inv(SKEW + 0.2), steps=3), SKEW, {}),
 }
@@ -605,6 +607,36 @@ def test_the_report_does_not_depend_on_the_scale(dtype):
     np.testing.assert_allclose(residuals, residuals[1], rtol=1e-4)
 
 
+def test_lsmr_is_scipys_and_stays_accurate_where_the_normal_equations_do_not():
+    sparse = pytest.importorskip("scipy.sparse.linalg", reason="scipy is in the bench extra")
+    random = np.random.RandomState(0)
+    left = np.linalg.qr(random.randn(30, 30))[0]
+    right = np.linalg.qr(random.randn(30, 30))[0]
+    matrix = jnp.asarray(left @ np.diag(np.logspace(0, -3, 30)) @ right)
+    b = jnp.asarray(random.randn(30))
+    op = flat_operator(matrix)
+    for steps in (3, 6):  # later, rounding takes the two apart
+        ours = implicit.LSMR(rtol=1e-14, max_steps=steps)(op, b)
+        theirs = sparse.lsmr(
+            np.asarray(matrix), np.asarray(b), atol=0, btol=0, conlim=0, maxiter=steps
+        )[0]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    exact = jnp.linalg.solve(matrix, b)
+
+    def error(solver):
+        return float(jnp.linalg.norm(solver(op, b) - exact) / jnp.linalg.norm(exact))
+
+    assert error(implicit.LSMR(max_steps=1000)) < 1e-7
+    assert error(implicit.LSMR(max_steps=1000)) <= error(implicit.NormalCG(max_steps=1000))
+
+
+def test_lsmr_gives_the_least_norm_solution_of_a_singular_system():
+    matrix = jnp.array([[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    for b in (jnp.array([1.0, 1.0, 3.0]), jnp.array([1.0, 0.0, 3.0])):  # the second inconsistent
+        x = implicit.LSMR()(flat_operator(matrix), b)
+        np.testing.assert_allclose(x, jnp.linalg.pinv(matrix) @ b, atol=1e-9)
+
+
 # ---- transformations
 
 
@@ -612,6 +644,7 @@ INSIDE = {
     "dense": implicit.Dense(),
     "minres": implicit.MINRES(),
     "normal-cg": implicit.NormalCG(),
+    "lsmr": implicit.LSMR(),
     "nystrom-cg": implicit.NystromCG(1, KEY),
     "nystrom": implicit.Nystrom(2, 1e-12, KEY),
     "neumann": implicit.Neumann(100, step=0.4),
