@@ -4,20 +4,20 @@ Run it as `python -m jaxopt_ext.bench.hypergradients`.
 
 Four inner problems with a closed-form hypergradient: ridge regression with one regularizer per
 feature, a deep-equilibrium layer, a quadratic program with equality constraints, and the lasso.
-Every library gets the same condition F(x, θ) = 0 and the same exact solution, computed beforehand,
+Every package gets the same condition F(x, θ) = 0 and the same exact solution, computed beforehand,
 so that only its derivative rule is timed. What is measured is `jax.jit(jax.grad(loss))`: tracing
 and lowering, compilation, and then many calls. The error is the largest over the arrays of θ of
 the relative error (Euclidean norm) against the closed form in float64; float32 runs get the same
 numbers rounded, with JAX's 64-bit types off, so that their error holds the rounding of the data
 too.
 
-Each library runs in a process of its own, on one thread; the processes take turns for several
+Each package runs in a process of its own, on one thread; the processes take turns for several
 rounds, and every figure is the least of all rounds. A process first starts XLA and LAPACK, and each
 row is lowered once before it is timed, with JAX's caches emptied in between, so that no row pays
 for what Python imports or sets up at first use.
 
 A variant that declares structure or names another linear solver is a row of its own, for us and
-for the others. In the summary one of our rows is compared with the fastest row of another library
+for the others. In the summary one of our rows is compared with the fastest row of another package
 that is as accurate: its error is at most ten times ours, or ten units of rounding. "Best" is the
 fastest of our rows with an error below 1e-9 (float64) or 1e-5 (float32).
 """
@@ -323,16 +323,16 @@ def optimistix(dtype: str, tag: str | None = None, solver: str | None = None) ->
 
 
 class Contender(NamedTuple):
-    """A library with one choice of options.
+    """A package with one choice of options.
 
     Attributes:
-        library: The name of the distribution.
+        package: The name of the distribution.
         variant: "default", or what is chosen.
         build: From the name of the dtype to the rule.
         problems: The problems it is meant for.
     """
 
-    library: str
+    package: str
     variant: str
     build: Callable[[str], Rule]
     problems: tuple[str, ...] = tuple(PROBLEMS)
@@ -340,12 +340,12 @@ class Contender(NamedTuple):
     @property
     def name(self) -> str:
         """What the tables call it."""
-        return f"{self.library} {self.variant}"
+        return f"{self.package} {self.variant}"
 
 
-def _contender(library, variant, problems=tuple(PROBLEMS), **options) -> Contender:
-    build = {"jaxopt_ext": ours, "jaxopt": jaxopt, "optimistix": optimistix}[library]
-    return Contender(library, variant, functools.partial(build, **options), problems)
+def _contender(package, variant, problems=tuple(PROBLEMS), **options) -> Contender:
+    build = {"jaxopt_ext": ours, "jaxopt": jaxopt, "optimistix": optimistix}[package]
+    return Contender(package, variant, functools.partial(build, **options), problems)
 
 
 OURS = "jaxopt_ext"
@@ -373,7 +373,7 @@ CONTENDERS = (
 )
 
 
-# ---- one library, in its own process -----------------------------------------------------------
+# ---- one package, in its own process -----------------------------------------------------------
 
 
 class Measurement(NamedTuple):
@@ -385,7 +385,7 @@ class Measurement(NamedTuple):
         run: Seconds of the fastest call.
         cpu: CPU seconds per call, in the batch of calls with the least.
         error: Relative error of the hypergradient.
-        version: The library's version.
+        version: The package's version.
     """
 
     lower: float
@@ -414,7 +414,7 @@ Results = dict[Key, Measurement | Skipped]
 
 
 def hypergradient(problem: Problem, rule: Rule) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
-    """The function of (θ, x, data) that a library's rule makes of a problem.
+    """The function of (θ, x, data) that a package's rule makes of a problem.
 
     Args:
         problem: The inner problem.
@@ -454,10 +454,10 @@ def measure(problem: Problem, rule: Rule, dtype: str, calls: int, version: str =
 
     Args:
         problem: The inner problem.
-        rule: The derivative rule of a library.
+        rule: The derivative rule of a package.
         dtype: Name of the floating dtype.
         calls: How many calls to time.
-        version: The library's version, for the record.
+        version: The package's version, for the record.
 
     Returns:
         The measurement.
@@ -487,11 +487,11 @@ def _measure(problem, rule, dtype, calls, version) -> Measurement:
     return Measurement(between - began, ended - between, run, cpu, error, version)
 
 
-def measure_library(library: str, dtypes: Sequence[str], calls: int) -> Results:
-    """All rows of one library in this process; meaningful only if the process is fresh.
+def measure_library(package: str, dtypes: Sequence[str], calls: int) -> Results:
+    """All rows of one package in this process; meaningful only if the process is fresh.
 
     Args:
-        library: One of `LIBRARIES`.
+        package: One of `LIBRARIES`.
         dtypes: Names of floating dtypes.
         calls: How many calls to time.
 
@@ -502,15 +502,15 @@ def measure_library(library: str, dtypes: Sequence[str], calls: int) -> Results:
     results: Results = {}
     reason = None
     try:
-        version = importlib.metadata.version(library.replace("_", "-"))
-        next(c for c in CONTENDERS if c.library == library).build("float64")
+        version = importlib.metadata.version(package.replace("_", "-"))
+        next(c for c in CONTENDERS if c.package == package).build("float64")
         start_up()
     except ImportError as error:  # also importlib.metadata.PackageNotFoundError
         version, reason = "", str(error)
     for dtype in dtypes:
         for name, problem in problems.items():
             for contender in CONTENDERS:
-                if contender.library != library or name not in contender.problems:
+                if contender.package != package or name not in contender.problems:
                     continue
                 key = Key(name, dtype, contender.name)
                 if reason is not None:
@@ -527,18 +527,18 @@ def measure_library(library: str, dtypes: Sequence[str], calls: int) -> Results:
     return results
 
 
-def measure_in_new_process(library: str, dtypes: Sequence[str], calls: int) -> Results:
+def measure_in_new_process(package: str, dtypes: Sequence[str], calls: int) -> Results:
     """Run `measure_library` in a fresh interpreter on one thread.
 
     Args:
-        library: One of `LIBRARIES`.
+        package: One of `LIBRARIES`.
         dtypes: Names of floating dtypes.
         calls: How many calls to time.
 
     Returns:
         Its answer, or the last line of its error output for every row where it failed.
     """
-    command = [sys.executable, "-m", "jaxopt_ext.bench.hypergradients", "--worker", library]
+    command = [sys.executable, "-m", "jaxopt_ext.bench.hypergradients", "--worker", package]
     command += ["--calls", str(calls), "--dtypes", *dtypes]
     environment = {**os.environ, **THREADS}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -548,7 +548,7 @@ def measure_in_new_process(library: str, dtypes: Sequence[str], calls: int) -> R
             Key(problem, dtype, contender.name): Skipped(f"failed: {last}")
             for dtype in dtypes
             for contender in CONTENDERS
-            if contender.library == library
+            if contender.package == package
             for problem in contender.problems
         }
     results: Results = {}
@@ -576,14 +576,14 @@ def least(runs: Sequence[Measurement | Skipped]) -> Measurement | Skipped:
 
 
 def library_of(contender: str) -> str:
-    """The library that a contender's name starts with."""
+    """The package that a contender's name starts with."""
     return contender.split(" ", 1)[0]
 
 
 def fastest_peer(
     mine: Measurement, rows: dict[str, Measurement | Skipped], dtype: str
 ) -> tuple[str, Measurement] | None:
-    """The fastest row of another library that is as accurate as one of ours.
+    """The fastest row of another package that is as accurate as one of ours.
 
     Args:
         mine: Our row.
@@ -681,7 +681,7 @@ def summary(results: Results) -> str:
             name, mine = choice
             peer = fastest_peer(mine, rows, dtype)
             if peer is None:
-                lines.append(f"{head} {name}: no other library as accurate ({mine.error:.1e})")
+                lines.append(f"{head} {name}: no other package as accurate ({mine.error:.1e})")
                 continue
             ratio = mine.run / peer[1].run
             start = (mine.lower + mine.compile) / (peer[1].lower + peer[1].compile)
@@ -707,7 +707,7 @@ def records(results: Results, calls: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every library and print the tables and the summary.
+    """Measure every package and print the tables and the summary.
 
     Args:
         argv: Command line; `None` means that of the process.
@@ -718,7 +718,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="float64, one round, few calls")
-    parser.add_argument("--rounds", type=int, help="fresh processes per library (3; quick: 1)")
+    parser.add_argument("--rounds", type=int, help="fresh processes per package (3; quick: 1)")
     parser.add_argument(
         "--calls", type=int, help=f"timed calls per row ({CALLS}; quick: {QUICK_CALLS})"
     )
@@ -743,20 +743,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = os.getloadavg()[0]
     runs: dict[Key, list[Measurement | Skipped]] = {}
     for turn in range(rounds):  # round robin, so a busy spell hits everyone
-        for library in LIBRARIES:
-            print(f"\rround {turn + 1} of {rounds}: {library:20}", end="", file=sys.stderr)
-            for key, run in measure_in_new_process(library, dtypes, calls).items():
+        for package in LIBRARIES:
+            print(f"\rround {turn + 1} of {rounds}: {package:20}", end="", file=sys.stderr)
+            for key, run in measure_in_new_process(package, dtypes, calls).items():
                 runs.setdefault(key, []).append(run)
     print(f"\r{'':60}\r", end="", file=sys.stderr)
     results = {key: least(of_one) for key, of_one in runs.items()}
 
     print("Hypergradients at a given exact solution, one CPU thread")
-    print(f"least of {rounds} fresh processes per library and of {calls} calls in each")
+    print(f"least of {rounds} fresh processes per package and of {calls} calls in each")
     print(f"tight: relative tolerance {TIGHT['float64']:g} (float64), {TIGHT['float32']:g}")
     print(f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after, {os.cpu_count()} cores")
     for (problem, dtype), rows in by_problem(results).items():
         print(f"\n{problem}, {dtype} ({PROBLEMS[problem]().facts})\n{table(rows)}")
-    print("\nours / fastest row of another library with an error of at most ten times ours")
+    print("\nours / fastest row of another package with an error of at most ten times ours")
     print(summary(results))
     if options.out is not None:
         with open(options.out, "w", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_ext.implicit.hoist import detach, hoist, strong, vary_like
 from jaxopt_ext.implicit.linear_solvers import Auto, LinearOperator, LinearSolver
+from jaxopt_ext.implicit.tree import describe
 
 attach_p = Primitive("implicit_attach")
 attach_p.multiple_results = True
@@ -123,10 +124,6 @@ def _types(tree):
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-def _describe(tree) -> str:
-    return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))
-
-
 def as_solution(x: PyTree) -> PyTree:
     """Check that `x` can be a solution and return it detached, as strongly typed JAX arrays.
 
@@ -193,7 +190,7 @@ def attach(
     if _types(hoisted.out_shape) != _types(x):
         raise ValueError(
             "condition must return a PyTree like x: it returned "
-            f"{_describe(hoisted.out_shape)}, expected {_describe(x)}"
+            f"{describe(hoisted.out_shape)}, expected {describe(x)}"
         )
     return _attach(hoisted, x, args, linear_solver, symmetric, positive_definite)
 

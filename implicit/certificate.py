@@ -24,6 +24,7 @@ from jaxopt_ext.implicit.linear_solvers import (
     LinearStatus,
     solve_linear,
 )
+from jaxopt_ext.implicit.tree import subtract
 
 DENSE_BELOW = 512  # up to this size singular values come from a dense SVD
 
@@ -249,10 +250,6 @@ def _norm(tree: PyTree) -> Array:
     return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]))
 
 
-def _subtract(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.subtract, a, b)
-
-
 class _Adjoint(eqx.Module):
     """One hypergradient at one point."""
 
@@ -313,7 +310,7 @@ def hypergradient_parts(
         gradients = first.gradient, second.gradient
         adjoint_residual = first.status.residual
         gradient_norm = _norm(first.gradient)
-        gradient_error = _norm(_subtract(second.gradient, first.gradient)) + first.linear_error
+        gradient_error = _norm(subtract(second.gradient, first.gradient)) + first.linear_error
         kernel_component = kernel(first.cotangent)
         ambiguous = singular & (kernel_component > jnp.sqrt(jnp.finfo(dtype).eps))
         unconverged |= ~(
@@ -354,10 +351,10 @@ def _adjoint(solver, operator, condition, outer, y, args, guess) -> _Adjoint:
     cotangent, direct = jax.grad(lambda v, d: outer(v, *combined(d)), argnums=(0, 1))(y, dynamic)
     adjoint, status = solve_linear(solver, operator, cotangent, x0=guess, transpose=True)
     _, pull = jax.vjp(lambda d: condition(y, *combined(d)), dynamic)
-    gradient = _subtract(direct, pull(adjoint)[0])
+    gradient = subtract(direct, pull(adjoint)[0])
     # the residual of λ, pulled back through one more solve, is the error that λ causes
     transposed = jax.linear_transpose(operator.mv, operator.structure)
-    missing = _subtract(cotangent, transposed(adjoint)[0])
+    missing = subtract(cotangent, transposed(adjoint)[0])
     rest, _ = solve_linear(solver, operator, missing, transpose=True)
     return _Adjoint(gradient, adjoint, cotangent, status, _norm(pull(rest)[0]))
 

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from jaxopt_ext.implicit.hoist import detach
+from jaxopt_ext.implicit.tree import describe, subtract
 
 Form = Literal["active", "complementarity", "fischer_burmeister", "barrier"]
 
@@ -27,13 +28,6 @@ def _require_callable(owner: object, **functions: Any) -> None:
             )
 
 
-def _describe(tree: PyTree) -> str:
-    def leaf(v):
-        return f"{jnp.result_type(v)}{list(jnp.shape(v))}"
-
-    return str(jax.tree.map(leaf, tree)).replace("'", "")
-
-
 def _like(owner: object, name: str, tree: PyTree, like: PyTree, expected: str) -> None:
     """Refuse a tree whose structure or shapes differ from those of `like`."""
     same = jax.tree.structure(tree) == jax.tree.structure(like) and all(
@@ -42,8 +36,8 @@ def _like(owner: object, name: str, tree: PyTree, like: PyTree, expected: str) -
     )
     if not same:
         raise ValueError(
-            f"{type(owner).__name__}: {name} is {_describe(tree)}, expected {expected}, "
-            f"{_describe(like)}"
+            f"{type(owner).__name__}: {name} is {describe(tree)}, expected {expected}, "
+            f"{describe(like)}"
         )
 
 
@@ -52,10 +46,6 @@ def _apply(owner: object, name: str, fun: Callable, point: PyTree, *args: PyTree
     out = fun(point, *args)
     _like(owner, f"the output of {name}", out, point, "a PyTree like the point it was given")
     return out
-
-
-def _subtract(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.subtract, a, b)
 
 
 def _scaled(tree: PyTree, scale: float | Array) -> PyTree:
@@ -171,7 +161,7 @@ class FixedPoint(Condition):
 
     def __call__(self, x: PyTree, *args: PyTree) -> PyTree:
         """Return x − T(x, *args)."""
-        return _subtract(x, _apply(self, "fun", self.fun, x, *args))
+        return subtract(x, _apply(self, "fun", self.fun, x, *args))
 
 
 class Stationary(Condition):
@@ -311,8 +301,8 @@ class ProjectedGradient(Condition):
 
     def __call__(self, x: PyTree, *args: PyTree) -> PyTree:
         """Return x − P(x − η ∇f)."""
-        moved = _subtract(x, _scaled(jax.grad(self.fun)(x, *args), self.step))
-        return _subtract(x, _apply(self, "projection", self.projection, moved, *args))
+        moved = subtract(x, _scaled(jax.grad(self.fun)(x, *args), self.step))
+        return subtract(x, _apply(self, "projection", self.projection, moved, *args))
 
 
 class ProximalGradient(Condition):
@@ -370,11 +360,11 @@ def _require_positive(owner, name, value):
 
 
 def _prox_residual(owner, name, prox, x, gradient, step, args):
-    moved = _subtract(x, _scaled(gradient, step))
+    moved = subtract(x, _scaled(gradient, step))
     if not isinstance(step, int | float):
         step = jnp.asarray(step, jnp.result_type(*jax.tree.leaves(x)))
     there = _apply(owner, name, prox, moved, step, *args)
-    return _divided(_subtract(x, there), step)
+    return _divided(subtract(x, there), step)
 
 
 class MirrorDescent(Condition):
@@ -426,8 +416,8 @@ class MirrorDescent(Condition):
     def __call__(self, x: PyTree, *args: PyTree) -> PyTree:
         """Return x − P_φ(∇φ(x) − η ∇f)."""
         dual = _apply(self, "mirror_map", self.mirror_map, x)
-        moved = _subtract(dual, _scaled(jax.grad(self.fun)(x, *args), self.step))
-        return _subtract(x, _apply(self, "projection", self.projection, moved, *args))
+        moved = subtract(dual, _scaled(jax.grad(self.fun)(x, *args), self.step))
+        return subtract(x, _apply(self, "projection", self.projection, moved, *args))
 
 
 class BlockCoordinate(Condition):
@@ -633,7 +623,7 @@ class KKT(Condition):
 
         gradient = pull((jnp.ones_like(value), nu, lam))[0]
         if z_l is not None:
-            gradient = _subtract(gradient, z_l)
+            gradient = subtract(gradient, z_l)
         if z_u is not None:
             gradient = jax.tree.map(jnp.add, gradient, z_u)
         lower, upper = self._rows(below, multipliers.lower), self._rows(above, multipliers.upper)
@@ -774,7 +764,7 @@ class KKT(Condition):
             z_l = _where(at_lower, gradient)
             positive = jax.tree.map(lambda z: jnp.maximum(z, 0), z_l)
             z_l = positive if fixed is None else jax.tree.map(jnp.where, fixed, z_l, positive)
-            gradient = _subtract(gradient, z_l)
+            gradient = subtract(gradient, z_l)
         if at_upper is not None:
             z_u = jax.tree.map(lambda a, g: jnp.where(a, jnp.maximum(-g, 0), 0), at_upper, gradient)
             gradient = jax.tree.map(jnp.add, gradient, z_u)
@@ -791,8 +781,8 @@ class KKT(Condition):
         """Return l − y, y − u (−inf where there is no bound), and where l = u; or `None`."""
         lower = None if self.lower is None else self._broadcast("lower", y)
         upper = None if self.upper is None else self._broadcast("upper", y)
-        below = None if lower is None else _subtract(lower, y)
-        above = None if upper is None else _subtract(y, upper)
+        below = None if lower is None else subtract(lower, y)
+        above = None if upper is None else subtract(y, upper)
         fixed = None
         if lower is not None and upper is not None:
             fixed = jax.tree.map(jnp.equal, lower, upper)
@@ -812,8 +802,8 @@ class KKT(Condition):
             )
         except (TypeError, ValueError):
             raise ValueError(
-                f"KKT: {name} is {_describe(bound)}, expected one number or a PyTree like y, "
-                f"{_describe(like)}"
+                f"KKT: {name} is {describe(bound)}, expected one number or a PyTree like y, "
+                f"{describe(like)}"
             ) from None
 
     def _pair(self, x):
@@ -840,7 +830,7 @@ class KKT(Condition):
             if like is None:
                 if value is not None:
                     raise ValueError(
-                        f"KKT: multipliers.{name} is {_describe(value)}, expected None because "
+                        f"KKT: multipliers.{name} is {describe(value)}, expected None because "
                         f"the condition has no {name}"
                     )
             else:
@@ -953,7 +943,7 @@ class QuadraticProgram(Condition):
 
     def _kkt(self, y, Q=None, c=None, A=None, b=None, G=None, h=None) -> KKT:
         if jnp.ndim(y) != 1:
-            raise ValueError(f"QuadraticProgram: y is {_describe(y)}, expected a vector")
+            raise ValueError(f"QuadraticProgram: y is {describe(y)}, expected a vector")
         if Q is None and c is None:
             raise ValueError("QuadraticProgram: Q and c are both None, expected at least one")
         _require_shape("QuadraticProgram", "Q", Q, (y.size, y.size))
@@ -1035,7 +1025,7 @@ def _primal(x):
 
 def _require_shape(owner, name, array, shape):
     if array is not None and jnp.shape(array) != shape:
-        raise ValueError(f"{owner}: {name} is {_describe(array)}, expected shape {list(shape)}")
+        raise ValueError(f"{owner}: {name} is {describe(array)}, expected shape {list(shape)}")
 
 
 class ConicResidual(Condition):

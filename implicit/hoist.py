@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxopt_ext.implicit.tree import varying_axes
+
 
 def _identity_of(fun: Callable) -> Any:
     """What makes two functions the same program: the function, or the static part of a module."""
@@ -213,17 +215,10 @@ def vary_like(tree: PyTree, *others: PyTree) -> PyTree:
 
     Outside `shard_map`, and where its axes are not tracked, this is the identity.
     """
-
-    def axes(leaf):
-        kind = jax.typeof(leaf)
-        if hasattr(kind, "manual_axis_type"):
-            return frozenset(kind.manual_axis_type.varying)
-        return frozenset(getattr(kind, "vma", ()))  # its name in earlier JAX
-
-    union = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves((tree, *others))))
+    union = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves((tree, *others))))
 
     def vary(leaf):
-        missing = tuple(sorted(union - axes(leaf), key=str))
+        missing = tuple(sorted(union - varying_axes(leaf), key=str))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree)

@@ -20,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxopt_ext.implicit.hoist import detach, vary_like
+from jaxopt_ext.implicit.tree import subtract, varying_axes
 
 
 def _number(owner: Any, name: str, value: Any, *, positive: bool, optional: bool = False) -> None:
@@ -75,10 +76,6 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _subtract(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.subtract, a, b)
-
-
 def _where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
 
@@ -98,14 +95,7 @@ def _norm(tree: PyTree) -> Array:
 
 def _varies(tree: PyTree) -> bool:
     """Whether a leaf varies over a mesh axis that `shard_map(..., check_vma=True)` tracks."""
-
-    def axes(leaf):
-        kind = jax.typeof(leaf)
-        if hasattr(kind, "manual_axis_type"):
-            return kind.manual_axis_type.varying
-        return getattr(kind, "vma", ())  # its name in earlier JAX
-
-    return any(axes(leaf) for leaf in jax.tree.leaves(tree))
+    return any(varying_axes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 class LinearOperator(eqx.Module):
@@ -267,7 +257,7 @@ class _Krylov(eqx.Module):
             if x0 is None:
                 return _times(scale, self.method(mv, unit, tol, max_steps))
             start = jax.tree.map(lambda v: v / scale.astype(v.dtype), x0)
-            residual = _subtract(unit, mv(start))
+            residual = subtract(unit, mv(start))
             # derivatives bring other right-hand sides, for which x0 may be a bad start
             better = _norm(residual) < _norm(unit)
             start = _where(better, start, jax.tree.map(jnp.zeros_like, start))
@@ -336,9 +326,9 @@ def _minres(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
 
     def step(s):
         v = _times(1 / s["beta"], s["new"])
-        u = _subtract(mv(v), _times(s["beta"] / s["beta_old"], s["old"]))
+        u = subtract(mv(v), _times(s["beta"] / s["beta_old"], s["old"]))
         alpha = _dot(v, u)
-        u = _subtract(u, _times(alpha / s["beta"], s["new"]))
+        u = subtract(u, _times(alpha / s["beta"], s["new"]))
         beta = jnp.sqrt(_dot(u, u))
         size = jnp.maximum(s["size"], jnp.maximum(jnp.abs(alpha), beta))
         delta = s["cosine"] * s["delta_bar"] + s["sine"] * alpha
@@ -350,7 +340,7 @@ def _minres(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
         regular = (gamma > eps * size) & ~stationary
         gamma = jnp.where(regular, gamma, 1)
         cosine, sine = gamma_bar / gamma, beta / gamma
-        w = _subtract(v, _add(_times(s["epsilon"], s["w_old"]), _times(delta, s["w"])))
+        w = subtract(v, _add(_times(s["epsilon"], s["w_old"]), _times(delta, s["w"])))
         w = _times(1 / gamma, w)
         moved = _add(s["x"], _times(cosine * s["left"], w))
         return dict(
@@ -548,8 +538,8 @@ def _lsmr(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
         return (s["k"] < max_steps) & unsolved & moving
 
     def step(s):
-        u, beta = normalized(_subtract(mv(s["v"]), _times(s["alpha"], s["u"])))
-        v, alpha = normalized(_subtract(pull(u)[0], _times(beta, s["v"])))
+        u, beta = normalized(subtract(mv(s["v"]), _times(s["alpha"], s["u"])))
+        v, alpha = normalized(subtract(pull(u)[0], _times(beta, s["v"])))
         rho = jnp.hypot(s["alpha_bar"], beta)
         c, sine = s["alpha_bar"] / rho, beta / rho
         theta_new, alpha_bar = sine * alpha, c * alpha
@@ -558,9 +548,9 @@ def _lsmr(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
         c_bar, s_bar = rho_temp / rho_bar, theta_new / rho_bar
         zeta, zeta_bar = c_bar * s["zeta_bar"], -s_bar * s["zeta_bar"]
         along = theta_bar * rho / (s["rho"] * s["rho_bar"])
-        h_bar = _subtract(s["h"], _times(along, s["h_bar"]))
+        h_bar = subtract(s["h"], _times(along, s["h_bar"]))
         x = _add(s["x"], _times(zeta / (rho * rho_bar), h_bar))
-        h = _subtract(v, _times(theta_new / rho, s["h"]))
+        h = subtract(v, _times(theta_new / rho, s["h"]))
         # ‖r‖, by a third sequence of rotations
         beta_hat, beta_dd = c * s["beta_dd"], -sine * s["beta_dd"]
         rho_tilde = jnp.hypot(s["rho_d"], theta_bar)
@@ -735,7 +725,7 @@ class Neumann(eqx.Module):
 
         def solve(mv, b):
             def add_term(_, x):
-                return _add(x, _times(self.step, _subtract(b, mv(x))))
+                return _add(x, _times(self.step, subtract(b, mv(x))))
 
             return jax.lax.fori_loop(0, self.terms, add_term, _times(self.step, b))
 
@@ -1035,7 +1025,7 @@ class Refined(eqx.Module):
             same = _like(operator, mv)
             x = self.inner(same, b)
             for _ in range(self.steps):  # unrolled: equal factorizations are found by XLA
-                x = _add(x, self.inner(same, _subtract(b, mv(x))))
+                x = _add(x, self.inner(same, subtract(b, mv(x))))
             return x
 
         return _as_inverse(operator, rhs, solve)
@@ -1112,7 +1102,7 @@ class Shared(eqx.Module):
                 x = approximate(unit)
                 if self.steps:
                     _refuse_varying(self, b)
-                    residual = _subtract(unit, mv(x))
+                    residual = subtract(unit, mv(x))
                     correction = jax.scipy.sparse.linalg.gmres(
                         mv, residual, tol=0.0, maxiter=1, restart=self.steps, M=approximate
                     )[0]
@@ -1191,9 +1181,9 @@ def solve_linear(
     elif isinstance(solver, _Krylov):
         x = solver.start_at(detach(x0), operator, rhs)
     else:
-        left = _norm(detach(_subtract(rhs, operator.mv(detach(x0)))))
+        left = _norm(detach(subtract(rhs, operator.mv(detach(x0)))))
         x0 = _where(left < _norm(detach(rhs)), detach(x0), jax.tree.map(jnp.zeros_like, x0))
-        x = _add(x0, solver(operator, _subtract(rhs, operator.mv(x0))))
+        x = _add(x0, solver(operator, subtract(rhs, operator.mv(x0))))
     return x, _status(operator, detach(x), detach(rhs), rtol, solver)
 
 
@@ -1205,7 +1195,7 @@ def _shapes(tree: PyTree):
 def _status(operator, x, rhs, rtol, solver) -> LinearStatus:
     dtype = _dtype(rhs)
     unit, scale = _unit(rhs)
-    residual = _subtract(jax.tree.map(lambda v: v / scale.astype(v.dtype), operator.mv(x)), unit)
+    residual = subtract(jax.tree.map(lambda v: v / scale.astype(v.dtype), operator.mv(x)), unit)
     size = _norm(unit)
     relative = jax.lax.stop_gradient(_norm(residual) / jnp.where(size > 0, size, 1))
     if rtol is None:

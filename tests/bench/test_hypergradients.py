@@ -111,7 +111,7 @@ def test_the_lasso_is_strictly_complementary_where_it_is_measured():
 
 
 @pytest.mark.parametrize(
-    "contender", [c for c in bench.CONTENDERS if c.library == bench.OURS], ids=lambda c: c.name
+    "contender", [c for c in bench.CONTENDERS if c.package == bench.OURS], ids=lambda c: c.name
 )
 def test_our_hypergradients(named, contender):
     name, problem = named
@@ -127,12 +127,12 @@ def test_our_hypergradients(named, contender):
 
 
 @pytest.mark.parametrize(
-    "contender", [c for c in bench.CONTENDERS if c.library != bench.OURS], ids=lambda c: c.name
+    "contender", [c for c in bench.CONTENDERS if c.package != bench.OURS], ids=lambda c: c.name
 )
 def test_peers_solve_the_same_problem(contender):
     with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("ignore")
-        pytest.importorskip(contender.library)
+        pytest.importorskip(contender.package)
         rule = contender.build("float64")
         name = contender.problems[-1]
         problem = bench.PROBLEMS[name](**SMALL[name])
@@ -156,7 +156,7 @@ def test_an_unknown_linear_solver_is_a_reason():
 def test_a_missing_peer_gives_rows_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "optimistix", None)
     results = bench.measure_library("optimistix", ["float64"], calls=1)
-    expected = sum(len(c.problems) for c in bench.CONTENDERS if c.library == "optimistix")
+    expected = sum(len(c.problems) for c in bench.CONTENDERS if c.package == "optimistix")
     assert len(results) == expected
     assert all(isinstance(run, Skipped) and "optimistix" in run.reason for run in results.values())
 
@@ -195,7 +195,7 @@ def test_summary_compares_at_equal_accuracy():
 
 @pytest.mark.parametrize(
     ("left_out", "text"),
-    [("jaxopt LU", "no other library as accurate"), (bench.DEFAULT, "no measurement of ours")],
+    [("jaxopt LU", "no other package as accurate"), (bench.DEFAULT, "no measurement of ours")],
 )
 def test_summary_says_what_it_lacks(left_out, text):
     results = {bench.Key("ridge", "float64", n): r for n, r in ROWS.items() if n != left_out}

@@ -1,0 +1,24 @@
+"""PyTree helpers that the files of this room share."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+def describe(tree: PyTree) -> str:
+    """Dtypes and shapes in one line, for messages."""
+    words = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
+    return str(words).replace("'", "")
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """Leaf by leaf, a − b."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def varying_axes(leaf: Array) -> frozenset:
+    """Mesh axes over which `leaf` varies inside `shard_map(..., check_vma=True)`; else none."""
+    kind = jax.typeof(leaf)
+    if hasattr(kind, "manual_axis_type"):
+        return frozenset(kind.manual_axis_type.varying)
+    return frozenset(getattr(kind, "vma", ()))  # its name in earlier JAX
