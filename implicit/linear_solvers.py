@@ -767,11 +767,20 @@ class JacobianFree(eqx.Module):
         return _as_inverse(operator, rhs, lambda mv, b: _times(self.scale, b))
 
 
-def _sketch(mv, like: PyTree, rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
+def nystrom_approximation(mv, like: PyTree, rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
     """Eigenvectors and eigenvalues, largest first, of the randomized Nyström approximation.
 
     Frangella, Tropp, Udell, algorithm 2.1, with an eigenvalue decomposition in place of the
     Cholesky factorization of the core, which fails where the rank exceeds that of the operator.
+
+    Args:
+        mv: Product with a symmetric positive semidefinite operator.
+        like: A PyTree of the form that `mv` takes.
+        rank: Products made, and columns returned; at most n.
+        key: Random key of the test matrix.
+
+    Returns:
+        Orthonormal columns, (n, rank), and the eigenvalues.
     """
     flat, unravel = ravel_pytree(like)
     test = jax.random.normal(key, (flat.size, min(rank, flat.size)), flat.dtype)
@@ -787,8 +796,16 @@ def _sketch(mv, like: PyTree, rank: int, key: PRNGKeyArray) -> tuple[Array, Arra
     return basis, jnp.maximum(singular**2 - shift, 0)
 
 
-def _apart(basis: Array, v: Array) -> tuple[Array, Array]:
-    """Coordinates of v in an orthonormal basis, and what is left of v, accurate when small."""
+def coordinates_and_rest(basis: Array, v: Array) -> tuple[Array, Array]:
+    """Coordinates of v in an orthonormal basis, and what is left of v, accurate when small.
+
+    Args:
+        basis: Orthonormal columns, (n, r).
+        v: A vector, (n,).
+
+    Returns:
+        basisᵀ v, and v − basis basisᵀ v.
+    """
     coordinates = basis.T @ v
     rest = v - basis @ coordinates
     return coordinates, rest - basis @ (basis.T @ rest)
@@ -843,10 +860,10 @@ class Nystrom(eqx.Module):
         self = _varied(self, operator, rhs)
 
         def solve(mv, b):
-            basis, values = _sketch(mv, b, self.rank, self.key)
+            basis, values = nystrom_approximation(mv, b, self.rank, self.key)
             flat, unravel = ravel_pytree(b)
             rho = jnp.asarray(self.rho, flat.dtype)
-            coordinates, rest = _apart(basis, flat)
+            coordinates, rest = coordinates_and_rest(basis, flat)
             return unravel(basis @ (coordinates / (values + rho)) + rest / rho)
 
         return _as_inverse(operator, rhs, solve)
@@ -898,13 +915,13 @@ class NystromCG(_Krylov):
 
     def method(self, mv, rhs, tol, max_steps) -> PyTree:
         """Run the iteration on a right-hand side of unit size."""
-        basis, values = _sketch(mv, rhs, self.rank, self.key)
+        basis, values = nystrom_approximation(mv, rhs, self.rank, self.key)
         floor = jnp.finfo(values.dtype).eps * values[0]
         values = jnp.where(values > floor, values, jnp.where(floor > 0, floor, 1))
 
         def precondition(v):
             flat, unravel = ravel_pytree(v)
-            coordinates, rest = _apart(basis, flat)
+            coordinates, rest = coordinates_and_rest(basis, flat)
             return unravel(basis @ (coordinates * (values[-1] / values)) + rest)
 
         return jax.scipy.sparse.linalg.cg(mv, rhs, tol=tol, maxiter=max_steps, M=precondition)[0]

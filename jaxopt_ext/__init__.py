@@ -9,6 +9,7 @@ from jaxopt_ext.core.drive import Multistart, multistart, solve
 from jaxopt_ext.core.problem import (
     Bilevel,
     ComposedMinimization,
+    CompositeMinimization,
     FixedPoint,
     LeastSquares,
     Minimization,
@@ -38,6 +39,7 @@ __all__ = [
     "AbstractSolver",
     "Bilevel",
     "ComposedMinimization",
+    "CompositeMinimization",
     "Counts",
     "Criterion",
     "Evaluations",

@@ -274,6 +274,81 @@ class LeastSquares(Problem):
         return implicit.LeastSquares(_without_aux(self.residual, self.has_aux))
 
 
+class CompositeMinimization(Problem):
+    """min_y f(y, θ) + ψ(y, θ), f smooth and ψ simple; conditions y − prox_ψ(y − ∇_y f) = 0.
+
+    ψ is convex, may have kinks or be the indicator of a set, and is given by its proximal operator
+    (see `implicit.proximal` and `implicit.projections`).
+
+    Args:
+        fun: f(variables, args) → scalar, or (scalar, aux).
+        prox: prox(v, step, args) → argmin_y ½‖y − v‖² + step · ψ(y, args), a PyTree like v. For
+            the indicator of a set it is the projection, whatever the step.
+        penalty: ψ(variables, args) → scalar; `None` where it is the indicator of a set.
+        has_aux: Whether `fun` returns a pair whose second part is auxiliary output.
+
+    Raises:
+        TypeError: A function is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxopt_ext as jx
+        >>> from jaxopt_ext import solvers
+        >>> from jaxopt_ext.implicit import proximal
+        >>> lasso = jx.CompositeMinimization(
+        ...     fun=lambda y, args: jnp.sum((y - args["b"]) ** 2) / 2,
+        ...     prox=lambda v, step, args: proximal.prox_lasso(v, args["weight"], step),
+        ...     penalty=lambda y, args: args["weight"] * jnp.sum(jnp.abs(y)),
+        ... )
+        >>> args = {"b": jnp.array([3.0, -0.5, -2.0]), "weight": 1.0}
+        >>> sol = jx.solve(lasso, solvers.GradNormSmooth(), jnp.zeros(3), args)
+        >>> print(jnp.round(sol.value, 3))
+        [ 2.  0. -1.]
+    """
+
+    fun: Callable
+    prox: Callable
+    penalty: Callable | None = None
+    has_aux: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check.function("CompositeMinimization", "fun", self.fun)
+        check.function("CompositeMinimization", "prox", self.prox)
+        check.function("CompositeMinimization", "penalty", self.penalty, optional=True)
+
+    def trace(self, value, args):
+        """See `Problem.trace`."""
+        owner = "CompositeMinimization"
+        fun = self._hoist("fun", value, args, value, args)
+        _require_scalar(owner, "fun", _output(owner, "fun", fun, self.has_aux))
+        step = jnp.ones((), tree.dtype_of(value))
+        prox = self._hoist("prox", value, args, value, step, args)
+        _require_like(owner, "prox", prox.out_shape, value)
+        penalty = None
+        if self.penalty is not None:
+            penalty = self._hoist("penalty", value, args, value, args)
+            _require_scalar(owner, "penalty", penalty.out_shape)
+        return self._with(fun=fun, prox=prox, penalty=penalty)
+
+    def smooth(self, value: PyTree, args: PyTree) -> tuple[Float[Array, ""], PyTree]:
+        """The smooth part f and the auxiliary output."""
+        out = self.fun(value, args)
+        return out if self.has_aux else (out, None)
+
+    def objective(self, value, args):
+        """See `Problem.objective`: f + ψ and the auxiliary output."""
+        smooth, aux = self.smooth(value, args)
+        if self.penalty is None:
+            return smooth, aux
+        return smooth + jnp.asarray(self.penalty(value, args), smooth.dtype), aux
+
+    def condition(self):
+        """Y − prox(y − ∇f) = 0."""
+        return implicit.ProximalGradient(
+            _without_aux(self.fun, self.has_aux), self.prox, jnp.ones(())
+        )
+
+
 class NonlinearProgram(Problem):
     """min_y f(y, θ) s.t. c_E(y, θ) = 0, c_I(y, θ) ≤ 0, l ≤ y ≤ u; conditions: KKT.
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 import jaxopt_ext as jx
@@ -36,6 +37,16 @@ def _ridge_solution(args):
     X = _design(args.dtype)
     y = jnp.cos(jnp.arange(8, dtype=args.dtype))
     return jnp.linalg.solve(X.T @ X + jnp.diag(jnp.exp(args)), X.T @ y)
+
+
+def _ridge_hessian(w, args):
+    """Of RIDGE; on the variations of it that have no args, an approximation."""
+    X = _design(w.dtype)[:, : w.size]
+    return X.T @ X + jnp.diag(jnp.ones_like(w) if args is None else jnp.exp(args))
+
+
+def _ridge_factor(w, args):
+    return jnp.linalg.cholesky(_ridge_hessian(w, args))
 
 
 RIDGE = Home(
@@ -85,6 +96,15 @@ LEAST_SQUARES = Home(
     lambda args: args / 5,
 )
 
+# Well-conditioned, for methods that are slow on RIDGE.
+COSH = Home(
+    "cosh",
+    jx.Minimization(lambda y, t: jnp.sum(jnp.array([1, 2, 4], y.dtype) * jnp.cosh(y - t))),
+    lambda dtype: jnp.zeros(3, dtype),
+    lambda dtype: jnp.array([1.0, -0.5, 2.0], dtype),
+    lambda t: t,
+)
+
 SMOOTH = (RIDGE, QUARTIC, COMPOSED, LEAST_SQUARES)
 
 
@@ -92,16 +112,61 @@ SMOOTH = (RIDGE, QUARTIC, COMPOSED, LEAST_SQUARES)
 class Entry:
     """A solver, the problems it must solve, and one numeric setting that can be varied.
 
-    The first home must be a `Minimization` of a single array.
+    The first home should be a `Minimization` of a single array; else only the tests of solutions
+    and derivatives apply. `variant` names a choice of `settings`. A `brief` entry differs from
+    another one by a setting only, and takes the tests in which that could matter; set
+    JAXOPT_EXT_FULL_BATTERY=1 to give it all of them.
     """
 
     make: Callable[..., jx.AbstractSolver]
     homes: tuple[Home, ...]
     number: tuple[str, float]
+    variant: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    brief: bool = False
+
+    def solver(self, **more: Any) -> jx.AbstractSolver:
+        return self.make(**self.settings, **more)
 
     @property
     def name(self) -> str:
-        return self.make.__name__
+        return self.make.__name__ + (f"-{self.variant}" if self.variant else "")
 
 
-REGISTRY = (Entry(solvers.GradNormSmooth, SMOOTH, number=("radius", 0.5)),)
+def _model(variant, hessian, *homes, brief=True):
+    settings = {"hessian": hessian}
+    return Entry(solvers.GradNormSmooth, homes, ("radius", 0.5), variant, settings, brief)
+
+
+CG = solvers.ConjugateGradient()
+HESSIAN_MODELS = (
+    _model("cg", solvers.ExactHessian(linear_solver=CG), RIDGE, brief=False),
+    _model("eigh", solvers.ExactHessian(linear_solver=solvers.Eigendecomposition()), RIDGE),
+    _model("diagonal", solvers.DiagonalHessian(), COSH),
+    _model("nystrom", solvers.NystromHessian(2, jax.random.key(0)), COSH),
+    _model("zero", solvers.ZeroHessian(), COSH),
+    _model("bfgs", solvers.QuasiNewton(), COSH),
+    _model("sr1", solvers.QuasiNewton("sr1"), COSH),
+    _model("lbfgs", solvers.QuasiNewton(memory=3), COSH),
+    _model("averaged", solvers.AveragedHessian(), RIDGE),
+    _model("user", solvers.UserHessian(_ridge_hessian), RIDGE),
+    _model("low-rank", solvers.LowRank(_ridge_factor), RIDGE),
+    _model("gauss-newton", solvers.GaussNewton(), COMPOSED, LEAST_SQUARES),
+    _model("gauss-newton-cg", solvers.GaussNewton(linear_solver=CG), COMPOSED, LEAST_SQUARES),
+)
+
+
+REGISTRY = (
+    Entry(solvers.GradNormSmooth, SMOOTH, number=("radius", 0.5)),
+    *HESSIAN_MODELS,
+    Entry(solvers.SuperUniversalNewton, (RIDGE,), number=("radius", 0.5), brief=True),
+    Entry(solvers.CubicNewton, (RIDGE,), number=("radius", 0.5), brief=True),
+    Entry(solvers.GradientMethod, (COSH,), number=("radius", 0.5), brief=True),
+    Entry(
+        solvers.CBO,
+        (RIDGE, QUARTIC),
+        ("drift", 1.0),
+        "polished",
+        {"particles": 20, "polish": solvers.cbo.Polish(solvers.GradNormSmooth(), after=20)},
+    ),
+)
