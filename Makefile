@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO_VENV := .venv-demo
 DEV_VENV := .venv-dev
 
-.PHONY: demo test test-types lint docs bench-compile clean
+.PHONY: demo test test-types lint docs bench clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python -m jaxopt_ext.bench.demo
@@ -26,8 +26,10 @@ lint: $(DEV_VENV)/ready
 docs: $(DEV_VENV)/ready
 	$(DEV_VENV)/bin/python -m sphinx -n -W --keep-going -b html docs docs/_build/html
 
-bench-compile: $(DEV_VENV)/ready
-	$(DEV_VENV)/bin/python -m jaxopt_ext.bench.compile_time
+# All suites in their quick form, and the report.
+bench: $(DEV_VENV)/ready
+	$(DEV_VENV)/bin/python -m jaxopt_ext.bench run all --quick --out bench.jsonl
+	$(DEV_VENV)/bin/python -m jaxopt_ext.bench report bench.jsonl -o report.html
 
 $(DEMO_VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(DEMO_VENV)

@@ -1,6 +1,5 @@
 """The demo's parts and its whole run; the data set; the table of compile times."""
 
-import subprocess
 import sys
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_ext.bench import compile_time, datasets, demo
+from jaxopt_ext.bench import datasets, demo
 
 
 @pytest.fixture(scope="module")
@@ -185,75 +184,3 @@ def test_bad_options_are_refused(argv, capsys):
     with pytest.raises(SystemExit):
         demo.main(argv)
     assert f"{argv[0]} is {argv[1]}, expected at least" in capsys.readouterr().err
-
-
-# ---- compile times -------------------------------------------------------------------------
-
-
-def measurement(lower, compile):
-    return compile_time.Measurement(lower, compile, 10, 1e-9, "1.2.3", 0.1)
-
-
-def test_table_says_why_a_peer_is_missing_and_prints_losses():
-    text = compile_time.table(
-        {
-            compile_time.OURS: measurement(0.5, 0.5),
-            compile_time.REFERENCE: measurement(0.25, 0.25),
-            "slow": measurement(1.0, 1.0),
-            "jaxopt BFGS": compile_time.Skipped("No module named 'jaxopt'"),
-        }
-    )
-    lines = text.splitlines()
-    assert any(
-        line.startswith("jaxopt BFGS") and line.endswith("skipped: No module named 'jaxopt'")
-        for line in lines
-    )
-    assert "against optimistix BFGS: 2.00 times its total, loss" in lines
-    assert "against slow: 0.50 times its total, win" in lines
-    (ours,) = (line for line in lines if line.startswith(compile_time.OURS))
-    assert ours.split()[2:] == ["1.2.3", "0.500", "0.500", "1.000", "2.00", "10", "1.0e-09"]
-
-
-def test_table_without_the_reference_has_no_ratio():
-    missing = compile_time.Skipped("No module named 'optimistix'")
-    text = compile_time.table(
-        {compile_time.OURS: measurement(0.5, 0.5), compile_time.REFERENCE: missing}
-    )
-    (ours,) = (line for line in text.splitlines() if line.startswith(compile_time.OURS))
-    assert ours.split()[-3] == "-"
-
-
-def test_fastest_run_counts_and_a_single_success_is_enough():
-    skipped = compile_time.Skipped("failed: killed")
-    assert compile_time.fastest([skipped, measurement(2, 1), measurement(1, 1)]).total == 2
-    assert compile_time.fastest([skipped, skipped]) == skipped
-
-
-def test_missing_peer_is_skipped_with_the_reason(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jaxopt", None)
-    found = compile_time.measure("jaxopt BFGS")
-    assert isinstance(found, compile_time.Skipped)
-    assert "jaxopt" in found.reason
-
-
-def test_crashed_worker_is_reported_by_its_last_line(monkeypatch):
-    def crashed(command, **options):
-        return subprocess.CompletedProcess(command, 1, stdout="", stderr="Traceback\nBoom: no\n")
-
-    monkeypatch.setattr(subprocess, "run", crashed)
-    found = compile_time.measure_in_new_process(compile_time.OURS)
-    assert found == compile_time.Skipped("failed: Boom: no")
-
-
-def test_measuring_in_a_fresh_process_reports_times_and_a_solution():
-    found = compile_time.measure_in_new_process(compile_time.OURS)
-    assert isinstance(found, compile_time.Measurement), found
-    assert found.lower > 0 and found.compile > 0
-    assert found.error < 1e-6
-
-
-def test_extended_rosenbrock_has_its_known_values():
-    assert float(compile_time.extended_rosenbrock(jnp.ones(10))) == 0.0
-    np.testing.assert_allclose(
-        compile_time.extended_rosenbrock(compile_time.start()), 5 * 24.2, rtol=1e-12
-    )
