@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxopt_ext.bench.problem import Problem
 
 OURS = "jaxopt_ext"
+LARGEST_DENSE = 5000  # 200 MB a matrix
 
 
 class Budget(NamedTuple):
@@ -62,6 +63,8 @@ class Contender(NamedTuple):
         config: What the setting consists of.
         random: Whether it draws random numbers, so that seeds make a difference.
         module: The module that must be installed.
+        dense: Whether it keeps a dense n x n matrix; then it is not tried above `LARGEST_DENSE`
+            variables.
     """
 
     library: str
@@ -73,6 +76,7 @@ class Contender(NamedTuple):
     config: dict[str, Any] = {}  # noqa: RUF012
     random: bool = False
     module: str = ""
+    dense: bool = False
 
     @property
     def name(self) -> str:

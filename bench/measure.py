@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_ext.bench.contender import Answer, Budget, Contender, cast
+from jaxopt_ext.bench.contender import LARGEST_DENSE, Answer, Budget, Contender, cast
 from jaxopt_ext.bench.counting import Log, counted, work
 from jaxopt_ext.bench.problem import Problem
 from jaxopt_ext.bench.record import Row
@@ -170,6 +170,10 @@ def solve(
     residuals = problem.residual is not None
     row.problem_hash, row.n, row.params = problem.digest(), problem.size, dict(problem.meta)
     row.m = _rows(problem) if residuals or problem.equality or problem.inequality else None
+    if contender.dense and problem.size > LARGEST_DENSE:
+        row.status = "skipped"
+        row.message = f"it keeps a dense matrix, and n is {problem.size} > {LARGEST_DENSE}"
+        return row
     row.f0, row.f_star = at_start["f"], problem.optimum
     row.tolerance = budget.tolerance if tolerance is None else tolerance
 

@@ -122,7 +122,13 @@ COVARIANCE = {
 }
 MATRIX_FREE = solvers.ConjugateGradient()
 CONTENDERS = (
-    Contender(OURS, "GradNormSmooth", ("smooth",), to_small_gradient(solvers.GradNormSmooth())),
+    Contender(
+        OURS,
+        "GradNormSmooth",
+        ("smooth",),
+        to_small_gradient(solvers.GradNormSmooth()),
+        dense=True,
+    ),
     Contender(
         OURS,
         "GradNormSmooth matrix-free",
@@ -133,13 +139,14 @@ CONTENDERS = (
         OURS,
         "GradNormSmooth L-BFGS",
         ("smooth",),
-        to_small_gradient(solvers.GradNormSmooth(solvers.QuasiNewton())),
+        to_small_gradient(solvers.GradNormSmooth(solvers.QuasiNewton(memory=10))),
     ),
     Contender(
         OURS,
         "GradNormSmooth Gauss-Newton",
         ("least_squares",),
         to_small_gradient(solvers.GradNormSmooth(solvers.GaussNewton()), least_squares=True),
+        dense=True,
     ),
     Contender(OURS, "CBO", ("blackbox",), consensus(), random=True),
     Contender(

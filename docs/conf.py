@@ -40,7 +40,7 @@ autodoc_typehints = "none"
 
 # Types of other libraries have no page here.
 nitpick_ignore_regex = [
-    (r"py:.*", r"'.*'|Array|Bool|Float|Int|Num|PyTree|ndarray"),
+    (r"py:.*", r"'.*'|Array|Bool|Float|Int|Key|Num|PyTree|UInt32|ndarray"),
     (r"py:.*", r"jaxopt_ext\..*\._[A-Z].*"),
     (r"py:.*", r"(collections|equinox|jax|jaxlib|jaxtyping|numpy|optax|typing)\..*"),
 ]

@@ -34,8 +34,8 @@ def consensus_hopping(
         settings: Further settings of `CBO`.
 
     Returns:
-        The solver. It never agrees by itself, since the noise does not vanish: it runs to
-        `max_steps` or to the criterion that `solve` is given.
+        The solver. The noise does not vanish, so it runs to `max_steps` or to the criterion that
+        `solve` is given.
 
     Reference:
         Riedl, Klock, Geldhauser, Fornasier, "Gradient is All You Need?", arXiv 2306.09778.

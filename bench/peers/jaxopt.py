@@ -64,7 +64,7 @@ def _contender(solver, kind, make, **more):
 
 _TUNED = {"history_size": 30}
 CONTENDERS = (
-    _contender("BFGS", "smooth", _solver("BFGS")),
+    _contender("BFGS", "smooth", _solver("BFGS"), dense=True),
     _contender("LBFGS", "smooth", _solver("LBFGS")),
     _contender("LBFGS", "smooth", _solver("LBFGS", options=_TUNED), setting="tuned", config=_TUNED),
     _contender("LevenbergMarquardt", "least_squares", _solver("LevenbergMarquardt", "residual")),

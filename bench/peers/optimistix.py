@@ -36,7 +36,14 @@ def _contenders(name, kind, entry, field):
         make = _solver(entry, name, field, factor)
         config = {} if setting == "default" else {"tolerance_factor": factor}
         yield Contender(
-            "optimistix", name, (kind,), make, True, setting, config, False, "optimistix"
+            "optimistix",
+            name,
+            (kind,),
+            make,
+            setting=setting,
+            config=config,
+            module="optimistix",
+            dense=True,
         )
 
 

@@ -167,13 +167,13 @@ def _contender(solver, kind, make, **more):
 
 _TUNED = {"maxcor": 30, "ftol": 0.0}
 CONTENDERS = (
-    _contender("BFGS", "smooth", _minimize("BFGS")),
+    _contender("BFGS", "smooth", _minimize("BFGS"), dense=True),
     _contender("L-BFGS-B", "smooth", _minimize("L-BFGS-B")),
     _contender(
         "L-BFGS-B", "smooth", _minimize("L-BFGS-B", **_TUNED), setting="tuned", config=_TUNED
     ),
     _contender("Newton-CG", "smooth", _minimize("Newton-CG", "hessp")),
-    _contender("trust-exact", "smooth", _minimize("trust-exact", "hess")),
+    _contender("trust-exact", "smooth", _minimize("trust-exact", "hess"), dense=True),
     _contender("least_squares trf", "least_squares", _least_squares),
     _contender("SLSQP", "program", _program("SLSQP")),
     _contender("trust-constr", "program", _program("trust-constr")),

@@ -52,6 +52,7 @@ def _contender(setting, solver):
         setting=setting,
         config={"solver": solver},
         module="sklearn",
+        dense=solver == "newton-cholesky",
     )
 
 

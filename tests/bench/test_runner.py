@@ -4,9 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxopt_ext.bench import cli, record, runner
+from jaxopt_ext.bench import cli, measure, record, runner
+from jaxopt_ext.bench.contender import Budget, Contender
+from jaxopt_ext.bench.problem import Problem
 from jaxopt_ext.bench.suite import NAMES, load
 
 HERE = Path(__file__).resolve().parent
@@ -204,3 +208,13 @@ def test_the_command_line_runs_reports_and_compares(faulty, tmp_path, capsys):
 def test_lists(what, capsys):
     assert cli.main(["list", what]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 6
+
+
+def test_a_dense_method_is_not_tried_on_a_large_problem():
+    contender = Contender("x", "dense", ("smooth",), lambda problem, budget: None, dense=True)
+    large = Problem("large", lambda y, data: jnp.sum(y**2), np.zeros(5001))
+    row = record.Row("s", "large", "x", "dense")
+    budget = Budget(1e-8, 1, 1, 0, "float64")
+    measure.solve(row, large, contender, budget, 1, lambda _, at: at["f"])
+    assert (row.status, row.compile_cpu_s) == ("skipped", None)
+    assert "n is 5001 > 5000" in row.message
