@@ -8,6 +8,7 @@ import bz2
 import csv
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import io
 import itertools
@@ -267,7 +268,7 @@ def breast_cancer() -> Dataset:
 
 def _scikit_learn(name: str) -> Dataset:
     try:
-        from sklearn import datasets
+        datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
         raise ImportError(
             f"the {name.replace('_', ' ')} data come with scikit-learn, which is not installed: "

@@ -122,12 +122,12 @@ def test_a_worker_that_does_not_start_is_not_tried_again(faulty, tmp_path, monke
 
 @pytest.mark.slow
 def test_two_runs_agree_to_the_last_bit(tmp_path):
-    options = runner.Options(quick=True, problems="mgh-[bh]*", solvers=("ours", "scipy"), repeats=1)
+    options = runner.Options(quick=True, problems="mgh-*", solvers=("ours", "scipy"), repeats=1)
     first, second = (
         {row.key: row for row in runner.run(["smooth"], tmp_path / name, options, silent)}
         for name in ("a.jsonl", "b.jsonl")
     )
-    assert len(first) >= 15 and first.keys() == second.keys()
+    assert len(first) >= 14 and first.keys() == second.keys()
     for key, row in first.items():
         again = second[key]
         assert (row.status, row.f, row.x_hash) == (again.status, again.f, again.x_hash)
