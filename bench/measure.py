@@ -18,7 +18,7 @@ from jaxopt_ext.bench.counting import Log, counted, work
 from jaxopt_ext.bench.problem import Problem
 from jaxopt_ext.bench.record import Row
 
-ENOUGH = 1.0  # CPU seconds of timed solves after which no further one is made
+ENOUGH = 0.5  # CPU seconds of timed solves after which no further one is made
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:

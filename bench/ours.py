@@ -137,9 +137,11 @@ CONTENDERS = (
     ),
     Contender(
         OURS,
-        "GradNormSmooth L-BFGS",
+        "GradNormSmooth",
         ("smooth",),
         to_small_gradient(solvers.GradNormSmooth(solvers.QuasiNewton(memory=10))),
+        setting="L-BFGS",
+        config={"memory": 10},
     ),
     Contender(
         OURS,

@@ -93,7 +93,7 @@ def execute(suite: Suite, entry: Entry, contender: Contender, task: Task) -> Row
         return row
     try:
         suite.execute(row, entry, contender, task)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         row.status, row.message = "skipped", str(error)
     except Exception as error:
         row.status = "error"

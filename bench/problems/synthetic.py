@@ -79,7 +79,7 @@ def _entries() -> dict[str, Entry]:
         "gns-chebyshev-p2-n200": lambda name: _chebyshev_power(name, 200, 2),
         "gns-chebyshev-p4-n1000": lambda name: _chebyshev_power(name, 1000, 4),
     }
-    quick = ("gns-log-sum-exp-n100", "gns-linear-p4-n200")
+    quick = ("gns-log-sum-exp-n100", "gns-rosenbrock-p5")
     return {
         name: Entry(("smooth",), lambda name=name, make=make: make(name), name in quick)
         for name, make in built.items()
