@@ -188,7 +188,9 @@ def solve(
     log.clear()  # what a contender evaluates while it compiles is not part of the solve
     audited.solve()
     row.counts = dict(log.counts)
-    row.work = work(log.counts) if log.counts else None  # none: it never called the functions
+    row.work = work(log.counts) if log.counts else None
+    if not log.counts and not contender.traced:
+        row.compile_cpu_s = None  # it calls no function of the problem, so nothing is compiled
     if problem.equality is None and problem.inequality is None:
         row.history = log.history()  # the objective of infeasible points would mean nothing
     return row

@@ -58,7 +58,8 @@ class Row:
         counts: Audited evaluations by kind: value, gradient, hvp, ...
         declared: Evaluations as the contender itself reports them, where it does.
         work: The counts as one number, in evaluations of the objective.
-        compile_cpu_s: CPU seconds until it is ready to solve: trace, lower, compile.
+        compile_cpu_s: CPU seconds until it is ready to solve: trace, lower, compile; `None` where
+            nothing is compiled.
         run_cpu_s: CPU seconds of each timed solve after one to warm up.
         run_wall_s: Wall seconds of the same.
         peak_bytes: Temporary memory of the compiled program where the whole solve is one, else the

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxopt_ext.bench import record
+from jaxopt_ext.bench import peers, record
 from jaxopt_ext.bench.contender import OURS, Contender
 from jaxopt_ext.bench.suite import Suite, Task, load
 from jaxopt_ext.bench.worker import blank, missing, version
@@ -150,7 +150,7 @@ def run(
         groups.setdefault((contender.library, task.dtype), []).append((contender, task))
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    environment = describe(options, sorted({c.library for c, _ in planned}))
+    environment = describe(options)
     rows = []
     with out.open("a+b") as end:  # the last line of an interrupted run may be incomplete
         end.seek(0)
@@ -310,17 +310,16 @@ def settings(dtype: str, threads: int) -> dict[str, str]:
     }
 
 
-def describe(options: Options, libraries: Sequence[str]) -> dict[str, Any]:
+def describe(options: Options) -> dict[str, Any]:
     """The environment of a run: machine, versions, threads, load.
 
     Args:
         options: What the user asked for.
-        libraries: Distributions of the contenders.
 
     Returns:
-        The environment, with its `env_id`.
+        The environment, with its `env_id`, which is the same for all suites.
     """
-    names = sorted({*PACKAGES, *(lib.replace("_", "-") for lib in libraries)})
+    names = sorted({*PACKAGES, *(one.library for one in peers.contenders())})
     fixed = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
