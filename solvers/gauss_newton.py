@@ -16,9 +16,9 @@ from jaxopt_ext.solvers.hessian_models import LocalProblem, OperatorModel
 class GaussNewton(OperatorModel):
     """H = Jᵀ W J: Gauss–Newton, and its generalization to losses of a model's output.
 
-    For `LeastSquares`, J is the Jacobian of the residual and W = I. For `ComposedMinimization`, J is
-    the Jacobian of the model and W = ∇²ℓ the Hessian of the loss at the target. If the loss is a
-    negative log-likelihood in its natural parameters (squares, logistic, softmax, Poisson), H is
+    For `LeastSquares`, J is the Jacobian of the residual and W = I. For `ComposedMinimization`, J
+    is the Jacobian of the model and W = ∇²ℓ the Hessian of the loss at the target. If the loss is
+    a negative log-likelihood in its natural parameters (squares, logistic, softmax, Poisson), H is
     the true Fisher information; for ℓ(u) = ‖u‖ᵖ/p it is ‖u‖^(p−2) JᵀJ plus a term of rank one.
 
     It is positive semidefinite for convex ℓ, and exact where the model is linear. With `Direct()`
