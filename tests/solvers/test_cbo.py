@@ -51,7 +51,9 @@ def minimum_found(fun, solver, runs, size=20, **options):
 def test_laplace_principle_the_consensus_tends_to_the_minimizer_as_alpha_grows():
     x = jax.random.uniform(KEY, (200_000, 1), minval=-3.0, maxval=5.0)
     energies = x[:, 0] ** 2 - 10 * jnp.cos(2 * jnp.pi * x[:, 0]) + 10
-    errors = [float(abs((cbo.weights(energies, jnp.array(a)) @ x)[0])) for a in (1.0, 10.0, 1e2, 1e3)]
+    errors = [
+        float(abs((cbo.weights(energies, jnp.array(a)) @ x)[0])) for a in (1.0, 10.0, 1e2, 1e3)
+    ]
     assert errors[1] < 1e-2 and errors[2] < 1e-3 and errors[3] < 1e-3
     best = x[jnp.argmin(energies)]
     for alpha in (1e15, jnp.inf):
