@@ -164,7 +164,7 @@ def command_run(options: argparse.Namespace) -> int:
         counts[row.status] = counts.get(row.status, 0) + 1
     summary = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
     print(f"{len(rows)} rows into {options.out}: {summary or 'all were there already'}")
-    for library, message in sorted({(r.library, r.message) for r in rows if r.status == "skipped"}):
+    for library, message in sorted({(r.package, r.message) for r in rows if r.status == "skipped"}):
         print(f"skipped {library}: {message}")
     return 0
 

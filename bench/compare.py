@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxopt_ext.bench import record
 from jaxopt_ext.bench.record import Row
 
-IDENTITY = ("suite", "problem", "library", "solver", "setting", "seed", "dtype", "quick")
+IDENTITY = ("suite", "problem", "package", "solver", "setting", "seed", "dtype", "quick")
 DEFAULTS = {"setting": "default", "seed": 0, "dtype": "float64", "quick": False}
 RANK = {status: rank for rank, status in enumerate(record.STATUSES)}  # from good to bad
 WORST = 3

@@ -52,7 +52,7 @@ class Contender(NamedTuple):
     """A method with its settings.
 
     Attributes:
-        library: Distribution that it belongs to.
+        package: Distribution that it belongs to.
         solver: Name of the method.
         kinds: The kinds of problem that it is run on.
         make: From problem and budget to what solves it: a function of (start, data) that can be
@@ -67,7 +67,7 @@ class Contender(NamedTuple):
             variables.
     """
 
-    library: str
+    package: str
     solver: str
     kinds: tuple[str, ...]
     make: Callable[[Any, Budget], Callable[..., Any]]
@@ -82,7 +82,7 @@ class Contender(NamedTuple):
     def name(self) -> str:
         """What tables and the command line call it."""
         tuned = "" if self.setting == "default" else f" ({self.setting})"
-        return f"{self.library} {self.solver}{tuned}"
+        return f"{self.package} {self.solver}{tuned}"
 
     def prepare(self, problem: Problem, budget: Budget) -> "Prepared":
         """Compile everything for one problem.

@@ -31,7 +31,7 @@ class Row:
     Attributes:
         suite: Name of the suite.
         problem: Name of the problem, `*` where a whole library was skipped.
-        library: Distribution that the contender belongs to; `jaxopt_ext` is ours.
+        package: Distribution that the contender belongs to; `jaxopt_ext` is ours.
         solver: Name of the method.
         setting: "default", or the name of the documented tuned setting.
         seed: Seed of the contender's random numbers.
@@ -70,7 +70,7 @@ class Row:
 
     suite: str
     problem: str
-    library: str
+    package: str
     solver: str
     setting: str = "default"
     seed: int = 0
@@ -108,13 +108,13 @@ class Row:
     def contender(self) -> str:
         """What tables and plots call the contender."""
         tuned = "" if self.setting == "default" else f" ({self.setting})"
-        return f"{self.library} {self.solver}{tuned}"
+        return f"{self.package} {self.solver}{tuned}"
 
     @property
     def key(self) -> tuple:
         """What makes a row unique within a file."""
         config = json.dumps(self.config, sort_keys=True, default=str)
-        name = (self.suite, self.problem, self.library, self.solver, self.setting, config)
+        name = (self.suite, self.problem, self.package, self.solver, self.setting, config)
         return (*name, self.seed, self.dtype, self.quick)
 
     @property
@@ -156,7 +156,7 @@ def row(fields: dict[str, Any]) -> Row:
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ValueError(f"unknown fields: {', '.join(unknown)}")
-    needed = [name for name in ("suite", "problem", "library", "solver") if name not in fields]
+    needed = [name for name in ("suite", "problem", "package", "solver") if name not in fields]
     if needed:
         raise ValueError(f"missing fields: {', '.join(needed)}")
     for name in _FLOATS:

@@ -60,7 +60,7 @@ def matches(contender: Contender, patterns: Iterable[str]) -> bool:
     Returns:
         Whether it does.
     """
-    names = (contender.library.lower(), contender.name.lower())
+    names = (contender.package.lower(), contender.name.lower())
     wanted = [OURS if p == "ours" else p.lower() for p in patterns]
     return any(fnmatch.fnmatchcase(name, p) for name in names for p in wanted)
 
@@ -107,7 +107,7 @@ def plan(suite: Suite, options: Options) -> list[tuple[Contender, Task]]:
                     )
                     tasks.append((contender, task))
     if not tasks:
-        known = ", ".join(sorted({c.library for c in suite.contenders()}))
+        known = ", ".join(sorted({c.package for c in suite.contenders()}))
         raise ValueError(
             f"nothing to run in {suite.name}: no problem matches {options.problems!r} for the "
             f"solvers {', '.join(options.solvers)}; libraries in this suite: {known}"
@@ -147,7 +147,7 @@ def run(
     random.Random(0).shuffle(planned)
     groups: dict[tuple[str, str], list[tuple[Contender, Task]]] = {}
     for contender, task in planned:
-        groups.setdefault((contender.library, task.dtype), []).append((contender, task))
+        groups.setdefault((contender.package, task.dtype), []).append((contender, task))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     environment = describe(options)
@@ -196,7 +196,7 @@ def _rows(
                         worker.close()
                         worker = None
                     row = blank(task.suite, task.problem, contender, task)
-                    row.version = version(contender.library)
+                    row.version = version(contender.package)
                     row.status, row.message = failure.status, failure.message
                 yield row
         finally:
@@ -319,7 +319,7 @@ def describe(options: Options) -> dict[str, Any]:
     Returns:
         The environment, with its `env_id`, which is the same for all suites.
     """
-    names = sorted({*PACKAGES, *(one.library for one in peers.contenders())})
+    names = sorted({*PACKAGES, *(one.package for one in peers.contenders())})
     fixed = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

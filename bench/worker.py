@@ -34,7 +34,7 @@ def blank(suite: str, problem: str, contender: Contender, task: Task) -> Row:
     return Row(
         suite=suite,
         problem=problem,
-        library=contender.library,
+        package=contender.package,
         solver=contender.solver,
         setting=contender.setting,
         config=dict(contender.config),
@@ -54,21 +54,21 @@ def missing(contender: Contender) -> str | None:
         The reason.
     """
     if contender.module and importlib.util.find_spec(contender.module) is None:
-        return f"{contender.library} is not installed"
+        return f"{contender.package} is not installed"
     return None
 
 
-def version(library: str) -> str:
+def version(package: str) -> str:
     """The installed version of a distribution, empty if it is not installed.
 
     Args:
-        library: Name of the distribution.
+        package: Name of the distribution.
 
     Returns:
         The version.
     """
     try:
-        return importlib.metadata.version(library)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
@@ -86,7 +86,7 @@ def execute(suite: Suite, entry: Entry, contender: Contender, task: Task) -> Row
         The row.
     """
     row = blank(suite.name, task.problem, contender, task)
-    row.version = version(contender.library)
+    row.version = version(contender.package)
     reason = missing(contender)
     if reason is not None:
         row.status, row.message = "skipped", reason

@@ -68,7 +68,7 @@ CONTENDERS = (
     _faulty("hangs", _hangs),
     _faulty("dies", _dies),
     _faulty("imports", _imports),
-    _faulty("absent", _good, module="surely_not_installed")._replace(library="absent"),
+    _faulty("absent", _good, module="surely_not_installed")._replace(package="absent"),
 )
 
 

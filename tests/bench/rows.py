@@ -46,7 +46,7 @@ def solved_rows(suite="smooth", problems=12, seeds=(0,), known=True, seed=0):
         n = int(rng.integers(2, 60))
         f0, f_star = float(rng.uniform(10, 1000)), float(rng.normal())
         base = float(rng.uniform(20, 400))
-        for library, solver, setting, work_factor, time_factor in SOLVERS:
+        for package, solver, setting, work_factor, time_factor in SOLVERS:
             for s in seeds:
                 work = float(np.ceil(base * work_factor * rng.lognormal(0, 0.3)))
                 cpu = 1e-4 * base * time_factor * rng.lognormal(0, 0.2)
@@ -57,7 +57,7 @@ def solved_rows(suite="smooth", problems=12, seeds=(0,), known=True, seed=0):
                     Row(
                         suite=suite,
                         problem=f"problem {p:02d}",
-                        library=library,
+                        package=package,
                         solver=solver,
                         setting=setting,
                         seed=s,
@@ -90,15 +90,15 @@ def scale_rows():
         Row(
             suite="scale",
             problem=f"ridge n={n}",
-            library=library,
+            package=package,
             solver=solver,
             n=n,
             params={"family": "ridge"},
             run_cpu_s=[1e-7 * n**power * rng.lognormal(0, 0.1)],
-            extras={"theory": {"cpu": power}} if library == "jaxopt_ext" else {},
+            extras={"theory": {"cpu": power}} if package == "jaxopt_ext" else {},
         )
         for n in (10, 30, 100, 300, 1000)
-        for library, solver, power in [("jaxopt_ext", "SSO", 2.0), ("scipy", "L-BFGS-B", 1.0)]
+        for package, solver, power in [("jaxopt_ext", "SSO", 2.0), ("scipy", "L-BFGS-B", 1.0)]
     ]
 
 
@@ -108,7 +108,7 @@ def implicit_rows():
         Row(
             suite="implicit",
             problem=problem,
-            library=library,
+            package=package,
             solver=solver,
             error=error * (1 + i),
             compile_cpu_s=0.3 * (1 + i),
@@ -116,7 +116,7 @@ def implicit_rows():
             extras={"linear_solver": "cg", "condition": 1e3, "nested": {"a": 1}},
         )
         for i, problem in enumerate(["ridge", "kkt", "lasso"])
-        for library, solver, error, time in [
+        for package, solver, error, time in [
             ("jaxopt_ext", "ImplicitAdjoint", 1e-12, 3),
             ("jaxopt", "implicit_diff", 1e-9, 2),
         ]
@@ -129,26 +129,26 @@ def transform_rows():
         Row(
             suite="transform",
             problem=f"rosenbrock, batch {batch}",
-            library=library,
+            package=package,
             solver=solver,
             compile_cpu_s=1.0 + batch / 1000,
             extras={"batch": batch, "instances_per_s": rate * batch**0.8},
         )
         for batch in (1, 32, 1024)
-        for library, solver, rate in [("jaxopt_ext", "SSO", 50.0), ("optimistix", "BFGS", 200.0)]
+        for package, solver, rate in [("jaxopt_ext", "SSO", 50.0), ("optimistix", "BFGS", 200.0)]
     ]
 
 
 def odd_rows():
     """Skipped, crashed and constrained rows."""
-    skipped = {"library": "cyipopt", "solver": "IPOPT", "status": "skipped", "message": HOSTILE}
+    skipped = {"package": "cyipopt", "solver": "IPOPT", "status": "skipped", "message": HOSTILE}
     program = {"suite": "nlp", "problem": "HS71 <b>", "n": 4, "m": 2, "f0": 16.0}
     return [
         Row(suite="smooth", problem="*", **skipped),
         Row(suite="nlp", problem="*", **skipped),
         Row(
             **program,
-            library="jaxopt_ext",
+            package="jaxopt_ext",
             solver="SketchedNewtonAL",
             f=17.014,
             work=90.0,
@@ -158,7 +158,7 @@ def odd_rows():
         ),
         Row(
             **program,
-            library="scipy",
+            package="scipy",
             solver="SLSQP",
             f=float("nan"),
             status="nonfinite",
@@ -166,8 +166,8 @@ def odd_rows():
             violation=1.0,
             tolerance=1e-6,
         ),
-        Row(**program, library="scipy", solver="trust-constr", status="error", message=HOSTILE),
-        Row(**program, library="slsqp_jax", solver="a" * 60, status="timeout", message="> 60 s"),
+        Row(**program, package="scipy", solver="trust-constr", status="error", message=HOSTILE),
+        Row(**program, package="slsqp_jax", solver="a" * 60, status="timeout", message="> 60 s"),
     ]
 
 

@@ -49,7 +49,7 @@ def test_real_data_sets_reach_their_known_minima(tmp_path):
     solved = set()
     for row in runner.run(["glm"], tmp_path / "rows.jsonl", options, lambda *_: None):
         name = row.problem.split("-")[2]
-        if name in KNOWN and row.library == "jaxopt_ext":
+        if name in KNOWN and row.package == "jaxopt_ext":
             assert abs(row.extras["gap"]) <= 1e-9, row
             solved.add(name)
     assert solved == KNOWN

@@ -114,7 +114,7 @@ OURS = [c for c in ours.CONTENDERS if {"smooth", "least_squares", "blackbox"} & 
 
 @pytest.mark.parametrize("contender", OURS, ids=lambda c: c.name)
 def test_our_solvers_declare_what_they_evaluate(contender: Contender):
-    row = Row("counting", PROBLEM.name, contender.library, contender.solver)
+    row = Row("counting", PROBLEM.name, contender.package, contender.solver)
     blackbox = "blackbox" in contender.kinds
     problem = dataclasses.replace(PROBLEM, **BOX) if blackbox else PROBLEM
     budget = Budget(1e-8, 2000, 2_000 if blackbox else 100_000, 0, "float64")

@@ -109,8 +109,8 @@ def test_the_lasso_is_strictly_complementary_where_it_is_measured():
     np.testing.assert_allclose(correlation[~inactive], weight, rtol=1e-12)
 
 
-OURS = [c for c in implicit.SUITE.contenders() if c.library == contender.OURS]
-PEERS = [c for c in implicit.SUITE.contenders() if c.library != contender.OURS]
+OURS = [c for c in implicit.SUITE.contenders() if c.package == contender.OURS]
+PEERS = [c for c in implicit.SUITE.contenders() if c.package != contender.OURS]
 BUDGET = contender.Budget(implicit.TIGHT["float64"], 0, 0, 0, "float64")
 
 

@@ -26,8 +26,8 @@ def table(values, seeds=1):
     return Table(tuple(instances), tuple("abcdef"[: values.shape[1]]), values)
 
 
-def run(problem="p", solver="a", library="x", **fields):
-    return Row(suite="s", problem=problem, library=library, solver=solver, **fields)
+def run(problem="p", solver="a", package="x", **fields):
+    return Row(suite="s", problem=problem, package=package, solver=solver, **fields)
 
 
 HAND = table([[1, 2, 4], [6, 3, INF], [5, 5, 10], [INF, INF, INF], [NAN, 8, 8]])

@@ -16,7 +16,7 @@ from jaxopt_ext.bench.record import Row
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from rows import ENVIRONMENT, every_row
 
-ROW = Row(suite="s", problem="p", library="x", solver="a")
+ROW = Row(suite="s", problem="p", package="x", solver="a")
 
 
 def write(path, *lines):

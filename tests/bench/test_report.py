@@ -66,8 +66,8 @@ def parsed(page):
     return Page(page)
 
 
-def one(solver, library="jaxopt_ext", problem="p", **fields):
-    return Row("s", problem, library, solver, **fields)
+def one(solver, package="jaxopt_ext", problem="p", **fields):
+    return Row("s", problem, package, solver, **fields)
 
 
 def race(mine, theirs, problems=6, **fields):

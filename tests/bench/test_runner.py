@@ -133,7 +133,7 @@ def test_two_runs_agree_to_the_last_bit(tmp_path):
         assert (row.status, row.f, row.x_hash) == (again.status, again.f, again.x_hash)
         assert (row.counts, row.work, row.history) == (again.counts, again.work, again.history)
     solved = [row for row in first.values() if row.status == "ok"]
-    assert {row.library for row in solved} == {"jaxopt_ext", "scipy"}
+    assert {row.package for row in solved} == {"jaxopt_ext", "scipy"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,7 +144,7 @@ def test_a_suite_is_listed_without_importing_a_peer(name):
     assert any(entry.quick for entry in entries.values())
     names = [contender.name for contender in suite.contenders()]
     assert len(set(names)) == len(names)
-    ours = [contender for contender in suite.contenders() if contender.library == "jaxopt_ext"]
+    ours = [contender for contender in suite.contenders() if contender.package == "jaxopt_ext"]
     assert ours or name == "nlp"  # where we have no solver yet
     for contender in suite.contenders():  # everybody has something to do
         assert any(set(contender.kinds) & set(entry.kinds) for entry in entries.values())
