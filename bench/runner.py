@@ -141,7 +141,9 @@ def run(
         ValueError: An unknown suite, nothing to run, or a malformed file.
     """
     planned = [item for name in suites for item in plan(load(name), options)]
-    done = {row.key for row in record.read(out)[0]} if out.exists() else set()
+    made = record.read(out)[0] if out.exists() else []
+    # what was skipped is tried again: the package may be there by now
+    done = {row.key for row in made if row.status != "skipped"}
     planned = [(c, t) for c, t in planned if blank(t.suite, t.problem, c, t).key not in done]
     # a busy spell of the machine should not hit the same contender of each problem
     random.Random(0).shuffle(planned)

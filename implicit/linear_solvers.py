@@ -138,6 +138,8 @@ class LinearOperator(eqx.Module):
             pull = jax.linear_transpose(apply, flat)
             return jax.vmap(lambda v: pull(v)[0])(identity)
         except (NotImplementedError, TypeError, ValueError):
+            # JAX cannot transpose this map (some rules are forward-only), so its columns are
+            # computed instead; an error of the map itself is raised again here
             return jax.vmap(apply)(identity).T
 
     def transpose(self) -> "LinearOperator":

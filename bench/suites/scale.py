@@ -2,12 +2,11 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_ext.bench.contender import Contender
 from jaxopt_ext.bench.problem import Entry, Problem
+from jaxopt_ext.bench.problems import glm
 from jaxopt_ext.bench.record import Row
 from jaxopt_ext.bench.suite import Suite, Task
 from jaxopt_ext.bench.suites import smooth
@@ -19,11 +18,6 @@ QUICK = (16, 64, 256)
 THEORY = {"dense": 3.0, "products": 2.0}
 
 
-def _logistic(w, data):
-    margins = data["y"] * (data["X"] @ w)
-    return jnp.mean(jax.nn.softplus(-margins)) + data["lam"] / 2 * jnp.sum(w**2)
-
-
 def _build(n: int) -> Problem:
     rng = np.random.default_rng(n)
     X = rng.standard_normal((2 * n, n)) / np.sqrt(n)
@@ -31,7 +25,7 @@ def _build(n: int) -> Problem:
     name = f"logistic-n{n}"
     data = {"X": X, "y": y, "lam": np.asarray(0.01)}
     meta = {"family": "logistic", "source": "seeded normal features"}
-    return Problem(name, _logistic, np.zeros(n), data, meta=meta)
+    return Problem(name, glm.logistic, np.zeros(n), data, meta=meta)
 
 
 def entries() -> dict[str, Entry]:

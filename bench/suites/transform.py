@@ -10,17 +10,12 @@ import numpy as np
 from jaxopt_ext.bench.contender import Budget, Contender, cast, temporary_bytes
 from jaxopt_ext.bench.measure import built, repeated, timed
 from jaxopt_ext.bench.problem import Entry, Problem
-from jaxopt_ext.bench.problems import mgh
+from jaxopt_ext.bench.problems import glm, mgh
 from jaxopt_ext.bench.record import Row
 from jaxopt_ext.bench.suite import Suite, Task
 
 BATCHES = (1, 32, 1024)
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3}
-
-
-def _logistic(w, data):
-    margins = data["y"] * (data["X"] @ w)
-    return jnp.mean(jax.nn.softplus(-margins)) + data["lam"] / 2 * jnp.sum(w**2)
 
 
 def _batchable(name: str) -> Problem:
@@ -30,7 +25,7 @@ def _batchable(name: str) -> Problem:
     rng = np.random.default_rng(0)
     X = rng.standard_normal((100, 10))
     y = np.sign(X @ rng.standard_normal(10) + rng.standard_normal(100) / 2)
-    return Problem(name, _logistic, np.zeros(10), {"X": X, "y": y, "lam": np.asarray(0.01)})
+    return Problem(name, glm.logistic, np.zeros(10), {"X": X, "y": y, "lam": np.asarray(0.01)})
 
 
 def entries() -> dict[str, Entry]:
