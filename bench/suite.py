@@ -74,7 +74,7 @@ class Suite(NamedTuple):
         )
 
 
-NAMES = ("smooth", "glm", "nlp", "blackbox", "implicit", "transform", "scale")
+NAMES = ("smooth", "glm", "nlp", "blackbox", "implicit", "transform", "scale", "sso", "bilevel")
 
 
 def load(name: str) -> Suite:

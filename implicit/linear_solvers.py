@@ -307,8 +307,18 @@ class CG(_Krylov):
         return jax.scipy.sparse.linalg.cg(mv, rhs, tol=tol, maxiter=max_steps)[0]
 
 
-def _minres(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
-    """Paige and Saunders' recurrences: Lanczos with a QR factorization that is updated."""
+def minres(mv, b: PyTree, tol: Array, max_steps: int) -> tuple[PyTree, Array]:
+    """Paige and Saunders' recurrences: Lanczos with a QR factorization that is updated.
+
+    Args:
+        mv: v → A v, symmetric.
+        b: Right-hand side.
+        tol: Relative residual to reach.
+        max_steps: Iterations at most.
+
+    Returns:
+        x with A x ≈ b, and the number of iterations.
+    """
     dtype = _dtype(b)
     eps = 10 * float(jnp.finfo(dtype).eps)
     flat = float(jnp.finfo(dtype).eps) ** 0.8
@@ -352,7 +362,8 @@ def _minres(mv, b: PyTree, tol: Array, max_steps: int) -> PyTree:
             stationary=stationary | ~regular, k=s["k"] + 1,
         )  # fmt: skip
 
-    return jax.lax.while_loop(proceed, step, state)["x"]
+    found = jax.lax.while_loop(proceed, step, state)
+    return found["x"], jnp.asarray(found["k"])
 
 
 class MINRES(_Krylov):
@@ -384,7 +395,7 @@ class MINRES(_Krylov):
 
     def method(self, mv, rhs, tol, max_steps) -> PyTree:
         """Run the iteration on a right-hand side of unit size."""
-        return _minres(mv, rhs, tol, max_steps)
+        return minres(mv, rhs, tol, max_steps)[0]
 
 
 def _refuse_varying(owner: Any, rhs: PyTree) -> None:

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxopt_ext.bench.contender import Answer, Budget, Contender
 from jaxopt_ext.bench.problem import Problem
+from jaxopt_ext.bench.problems.supervised import KIND, Method, Supervised
 
 
 def _solver(name: str, field: str = "fun", options: Any = None):
@@ -58,6 +59,24 @@ def _rule(name: str, kinds: tuple[str, ...], solver: str = "", tight: bool = Fal
     return Contender("jaxopt", "custom_root", kinds, make, setting=name, module="jaxopt")
 
 
+def _line_search(problem: Supervised, budget: Budget) -> Any:
+    """SGD with Armijo's line search (SLS); the largest step size is a number of the grid."""
+    import jaxopt
+
+    def solver(rate):
+        return jaxopt.ArmijoSGD(problem.fun, max_stepsize=rate, tol=0.0)
+
+    def init(w, batch, rate):
+        return w, solver(rate).init_state(w, data=batch), rate
+
+    def step(state, batch):
+        w, memory, rate = state
+        w, memory = solver(rate).update(w, memory, data=batch)
+        return w, memory, rate
+
+    return Method(init, step, lambda state: state[0], (1.0, 10.0, 100.0))
+
+
 def _contender(solver, kind, make, **more):
     return Contender("jaxopt", solver, (kind,), make, module="jaxopt", **more)
 
@@ -68,6 +87,7 @@ CONTENDERS = (
     _contender("LBFGS", "smooth", _solver("LBFGS")),
     _contender("LBFGS", "smooth", _solver("LBFGS", options=_TUNED), setting="tuned", config=_TUNED),
     _contender("LevenbergMarquardt", "least_squares", _solver("LevenbergMarquardt", "residual")),
+    _contender("ArmijoSGD", KIND, _line_search, random=True),
     _rule("default", ("hypergradient",)),
     _rule("normal CG, tight", ("hypergradient",), "solve_normal_cg", tight=True),
     _rule("CG, tight", ("ridge",), "solve_cg", tight=True),

@@ -1,10 +1,16 @@
-"""optax: L-BFGS in the loop that its documentation gives. Tuned: 30 pairs instead of 10."""
+"""optax: L-BFGS in the loop that its documentation gives. Tuned: 30 pairs instead of 10.
+
+First-order methods on minibatches, each with the best step size of a grid.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_ext.bench.contender import Answer, Budget, Contender
 from jaxopt_ext.bench.problem import Problem
+from jaxopt_ext.bench.problems.supervised import KIND, Method, Supervised
 
 
 def _lbfgs(**options):
@@ -43,9 +49,35 @@ def _lbfgs(**options):
     return make
 
 
+def _stochastic(name: str, **options):
+    """A first-order method on minibatches; the step size is a number of the grid."""
+
+    def make(problem: Supervised, budget: Budget) -> Any:
+        import optax
+
+        optimizer = getattr(optax, name)(learning_rate=1.0, **options)
+
+        def init(w, batch, rate):
+            return w, optimizer.init(w), rate
+
+        def step(state, batch):
+            w, memory, rate = state
+            gradient = jax.grad(problem.fun)(w, batch)
+            update, memory = optimizer.update(gradient, memory, w)
+            return jax.tree.map(lambda y, u: y + rate * u, w, update), memory, rate
+
+        return Method(init, step, lambda state: state[0], RATES)
+
+    return Contender("optax", name, (KIND,), make, module="optax", random=True)
+
+
+RATES = tuple(10.0**k for k in range(-3, 4))
 _TUNED = {"memory_size": 30}
 _DEFAULT = Contender("optax", "lbfgs", ("smooth",), _lbfgs(), module="optax")
 CONTENDERS = (
     _DEFAULT,
     _DEFAULT._replace(make=_lbfgs(**_TUNED), setting="tuned", config=_TUNED),
+    _stochastic("sgd"),
+    _stochastic("adam"),
+    _stochastic("adagrad"),
 )

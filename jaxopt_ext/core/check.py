@@ -88,12 +88,21 @@ def number(
         raise ValueError(f"{owner}: {name} is {value:g}, expected a number {expected}")
 
 
-def count(owner: str, name: str, value: Any, *, at_least: int = 1) -> None:
+def count(owner: str, name: str, value: Any, *, at_least: int = 1, optional: bool = False) -> None:
     """Raise TypeError or ValueError unless `value` is a Python integer of at least `at_least`."""
+    if value is None and optional:
+        return
     if isinstance(value, bool) or not isinstance(value, abstract_numbers.Integral):
         raise TypeError(f"{owner}: {name} is a {type(value).__name__}, expected an integer")
     if value < at_least:
         raise ValueError(f"{owner}: {name} is {value}, expected an integer >= {at_least}")
+
+
+def choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{owner}: {name} is {value!r}, expected one of: {listed}")
 
 
 @dataclass_transform(field_specifiers=(eqx.field,))

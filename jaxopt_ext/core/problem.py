@@ -62,11 +62,11 @@ class Problem(eqx.Module):
         """The optimality conditions, a function of `(variables, args)`."""
         raise NotImplementedError
 
-    def variables(self, value: PyTree, multipliers: implicit.Multipliers | None) -> PyTree:
+    def variables(self, value: PyTree, multipliers: PyTree) -> PyTree:
         """What the conditions are a function of, from the parts of a `Solution`."""
         return value
 
-    def split(self, variables: PyTree) -> tuple[PyTree, implicit.Multipliers | None]:
+    def split(self, variables: PyTree) -> tuple[PyTree, PyTree]:
         """The inverse of `variables`."""
         return variables, None
 
@@ -553,6 +553,14 @@ class Bilevel(Problem):
         """The upper objective f(x, y, θ) and the auxiliary output."""
         out = self.upper(*value, args)
         return out if self.has_aux else (out, None)
+
+    def variables(self, value, multipliers):
+        """See `Problem.variables`: (x, y, z) where a second lower-level point z is known."""
+        return value if multipliers is None else (*value, multipliers)
+
+    def split(self, variables):
+        """See `Problem.split`: the pair (x, y), and z or `None`."""
+        return variables[:2], variables[2] if len(variables) == 3 else None
 
     def condition(self, sigma: float | Array = 1e-2):
         """The penalty system in (x, y, z) at penalty `sigma` (dimensionless, > 0)."""

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxopt_ext.core.result import RESULTS, SolveError, result_names
 from jaxopt_ext.core.solver import Counts
-from jaxopt_ext.implicit import Multipliers
 
 
 class Stats(eqx.Module):
@@ -33,7 +32,7 @@ class Solution(eqx.Module):
 
     Attributes:
         value: The point: where the criterion was met, else the best evaluated one.
-        multipliers: Of a nonlinear program, else `None`.
+        multipliers: Of a nonlinear program; z of a penalized bilevel problem; else `None`.
         objective: The objective there (NaN where the problem has none).
         optimality: Max norm of the optimality conditions there.
         feasibility: Largest constraint violation there.
@@ -45,7 +44,7 @@ class Solution(eqx.Module):
     """
 
     value: PyTree
-    multipliers: Multipliers | None
+    multipliers: PyTree
     objective: Float[Array, "*batch"]
     optimality: Float[Array, "*batch"]
     feasibility: Float[Array, "*batch"]

@@ -63,7 +63,8 @@ class Info(eqx.Module):
         counts: Evaluations so far.
         failure: `RESULTS.successful`, or why the method cannot go on.
         aux: Auxiliary output at `state.value`.
-        multipliers: Of a nonlinear program, at `state.value`.
+        multipliers: Further unknowns of the conditions at `state.value`: the multipliers of a
+            nonlinear program, the lower-level point z of a penalized bilevel problem.
         extras: Further scalars of the method, by name.
     """
 
@@ -77,7 +78,7 @@ class Info(eqx.Module):
     counts: Counts
     failure: RESULTS
     aux: PyTree = None
-    multipliers: implicit.Multipliers | None = None
+    multipliers: PyTree = None
     extras: dict[str, Array] = eqx.field(default_factory=dict)
 
 

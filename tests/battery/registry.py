@@ -162,6 +162,7 @@ REGISTRY = (
     Entry(solvers.SuperUniversalNewton, (RIDGE,), number=("radius", 0.5), brief=True),
     Entry(solvers.CubicNewton, (RIDGE,), number=("radius", 0.5), brief=True),
     Entry(solvers.GradientMethod, (COSH,), number=("radius", 0.5), brief=True),
+    Entry(solvers.SSO, (COSH, COMPOSED, LEAST_SQUARES), number=("step_size", 0.2)),
     Entry(
         solvers.CBO,
         (RIDGE, QUARTIC),

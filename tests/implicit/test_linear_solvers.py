@@ -188,7 +188,7 @@ def test_minres_minimizes_the_residual_on_every_krylov_space():
     op = flat_operator(matrix, symmetric=True)
     b = jax.random.normal(jax.random.key(1), (16,))
     solve = jax.jit(
-        lambda k: implicit.linear_solvers._minres(op.mv, b, jnp.array(0.0), k)  # k is traced
+        lambda k: implicit.linear_solvers.minres(op.mv, b, jnp.array(0.0), k)[0]  # k is traced
     )
     xs = jax.vmap(solve)(jnp.arange(1, 17))
     residuals = np.linalg.norm(xs @ matrix - b[None, :], axis=1) / np.linalg.norm(b)

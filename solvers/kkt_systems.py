@@ -1,0 +1,135 @@
+"""The linear systems of a Newton step on a nonlinear program, and how their curvature is corrected.
+
+After the slack variables are eliminated every step is one symmetric system
+
+    [ W   Jᵀ ] [ dy ]     [ r ]
+    [ J  −Δ ] [ dλ ] = − [ q ],
+
+W = H + Σ + τI with the barrier's Σ ≥ 0 and a shift τ, and Δ ≥ 0 diagonal.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Derivatives(NamedTuple):
+    """First and second derivatives of a scaled program at a point; fixed variables do not count.
+
+    Attributes:
+        gradient: ∇f.
+        hessian: dy → H dy, H that of the Lagrangian.
+        push: dy → J dy.
+        pull: dλ → Jᵀ dλ.
+        both: (dy, dλ) → (H dy + Jᵀ dλ, J dy), at the cost of one of them.
+        matrices: H and J, or `None` where only products are at hand.
+    """
+
+    gradient: Float[Array, " n"]
+    hessian: Callable[[Array], Array]
+    push: Callable[[Array], Array]
+    pull: Callable[[Array], Array]
+    both: Callable[[Array, Array], tuple[Array, Array]]
+    matrices: tuple[Float[Array, "n n"], Float[Array, "m n"]] | None
+
+
+class KKTSystem(NamedTuple):
+    """The matrix K of one step.
+
+    Attributes:
+        product: v → K v.
+        matrix: K, or `None` where only products are at hand.
+        diagonal: Of W, or of what is known of it.
+        push: dy → J dy.
+        pull: dλ → Jᵀ dλ.
+        jacobian: J, or `None`.
+        relaxation: The diagonal of Δ.
+    """
+
+    product: Callable[[Array], Array]
+    matrix: Float[Array, "n n"] | None
+    diagonal: Float[Array, " n"]
+    push: Callable[[Array], Array]
+    pull: Callable[[Array], Array]
+    jacobian: Float[Array, "m n"] | None
+    relaxation: Float[Array, " m"]
+
+    @property
+    def size(self) -> int:
+        """Number of dy."""
+        return self.diagonal.size
+
+    @property
+    def rows(self) -> int:
+        """Number of dλ."""
+        return self.relaxation.size
+
+
+def reduced_hessian(
+    hessian: Array, jacobian: Array, relaxation: Array, equalities: int
+) -> Float[Array, "d d"]:
+    """W + J_IᵀΔ_I⁻¹J_I on the null space of the equalities J_E.
+
+    Its being positive definite is the right inertia of K, and makes the step a descent direction
+    near feasible points.
+
+    Args:
+        hessian: W.
+        jacobian: J, the rows of the equalities first.
+        relaxation: The diagonal of Δ; positive for inequalities.
+        equalities: Number of rows of J_E.
+    """
+    inequality = jacobian[equalities:]
+    full = hessian + inequality.T @ (inequality / relaxation[equalities:, None])
+    if equalities == 0:
+        return full
+    if equalities >= len(hessian):
+        return jnp.zeros((0, 0), hessian.dtype)
+    basis = jnp.linalg.qr(jacobian[:equalities].T, mode="complete")[0][:, equalities:]
+    return basis.T @ full @ basis
+
+
+def convexifying_shift(matrix: Array, previous: Array) -> Array:
+    """A τ for which matrix + τI is positive definite beyond rounding.
+
+    The first τ tried is 1e-4, or a third of the last one that was needed; it grows by 100, then
+    by 8.
+
+    Args:
+        matrix: Symmetric.
+        previous: The last τ > 0 that was needed, or 0.
+
+    Returns:
+        τ; 0 where the matrix is positive definite.
+
+    Reference:
+        Wächter and Biegler, "On the implementation of an interior-point filter line-search
+        algorithm", Mathematical Programming 106, 2006, algorithm IC.
+    """
+    if matrix.size == 0:
+        return jnp.zeros((), matrix.dtype)
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    rounding = 100 * len(matrix) * jnp.finfo(matrix.dtype).eps
+
+    def indefinite(shift):
+        shifted = matrix + shift * identity
+        pivots = jnp.diagonal(jnp.linalg.cholesky(shifted)) ** 2
+        return ~(pivots > rounding * jnp.abs(jnp.diagonal(shifted))).all()  # NaN where it failed
+
+    def body(state):
+        shift, _ = state
+        shift = larger_shift(shift, previous)
+        return shift, indefinite(shift) & jnp.isfinite(shift)
+
+    zero = jnp.zeros((), matrix.dtype)
+    shift, _ = jax.lax.while_loop(lambda state: state[1], body, (zero, indefinite(zero)))
+    return shift
+
+
+def larger_shift(shift: Array, previous: Array) -> Array:
+    """The τ to try after `shift`; see `convexifying_shift`."""
+    first = jnp.where(previous > 0, jnp.maximum(previous / 3, 1e-20), 1e-4)
+    return jnp.where(shift == 0, first, jnp.where(previous > 0, 8, 100) * shift)
