@@ -83,6 +83,44 @@ def consensus(**settings: Any):
     return make
 
 
+def to_kkt_point(**settings: Any):
+    """A contender that solves nonlinear programs to a small KKT residual.
+
+    Args:
+        **settings: Of `SketchedNewtonAL`.
+
+    Returns:
+        The `make` of a contender.
+    """
+
+    def make(problem: Problem, budget: Budget):
+        tolerance = {"rtol": budget.tolerance, "atol": budget.tolerance}
+        solver = solvers.SketchedNewtonAL(**tolerance, **settings)
+
+        def solve(start, data):
+            lower, upper = (
+                None if bound is None else jnp.asarray(bound, start.dtype)
+                for bound in (problem.lower, problem.upper)
+            )
+            program = jx.NonlinearProgram(
+                problem.fun, problem.equality, problem.inequality, lower, upper
+            )
+            return _answer(
+                jx.solve(
+                    program,
+                    solver,
+                    start,
+                    data,
+                    max_steps=budget.steps,
+                    adjoint=implicit.DetachedAdjoint(),
+                )
+            )
+
+        return solve
+
+    return make
+
+
 class SymmetricRoot(implicit.Root):
     """F(x, θ) = 0 with a symmetric Jacobian."""
 
@@ -149,6 +187,19 @@ CONTENDERS = (
         ("least_squares",),
         to_small_gradient(solvers.GradNormSmooth(solvers.GaussNewton()), least_squares=True),
         dense=True,
+    ),
+    Contender(
+        OURS,
+        "SketchedNewtonAL",
+        ("program",),
+        to_kkt_point(inner_solver=solvers.kkt.Direct()),
+        dense=True,
+    ),
+    Contender(
+        OURS,
+        "SketchedNewtonAL matrix-free",
+        ("program",),
+        to_kkt_point(inner_solver=solvers.kkt.MINRES("diagonal")),
     ),
     Contender(OURS, "CBO", ("blackbox",), consensus(), random=True),
     Contender(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxopt_ext.core import check, tree
 from jaxopt_ext.core.problem import NonlinearProgram
 from jaxopt_ext.core.result import RESULTS
-from jaxopt_ext.core.solver import AbstractSolver, Counts, Info, Number
+from jaxopt_ext.core.solver import AbstractSolver, Counts, Info, Number, default_tolerance
 from jaxopt_ext.core.stop import Feasible, Optimality, Track
 from jaxopt_ext.implicit import Multipliers
 from jaxopt_ext.solvers.exact_augmented_lagrangian import (
@@ -183,6 +183,7 @@ class Place(NamedTuple):
         slow: The last steps were short.
         short: How many of them were, in a row.
         hopeless: A stationary point of infeasibility.
+        stuck: What the last steps could gain is rounding error of the merit function.
     """
 
     iterate: Iterate
@@ -204,6 +205,7 @@ class Place(NamedTuple):
     slow: Array
     short: Array
     hopeless: Array
+    stuck: Array
 
     @property
     def newton(self) -> Array:
@@ -276,7 +278,7 @@ class SketchedNewtonAL(AbstractSolver):
         scaled: Whether objective and constraints are scaled so that no gradient at the start has an
             entry beyond 100.
         multipliers: To start from, as in `Solution.multipliers`; `None` estimates them.
-        rtol: Relative tolerance; `None` means eps^(4/7) of the dtype, 1.1e-9 or 1.1e-4.
+        rtol: Relative tolerance; `None` means eps^(2/3) of the dtype.
         atol: Absolute tolerance, also on the constraints; `None` likewise.
 
     Raises:
@@ -515,7 +517,7 @@ class SketchedNewtonAL(AbstractSolver):
             )
 
     def _tolerances(self, dtype):
-        default = float(jnp.finfo(dtype).eps) ** (4 / 7)
+        default = default_tolerance(dtype)
         rtol = default if self.rtol is None else self.rtol
         atol = default if self.atol is None else self.atol
         return rtol, atol
@@ -636,6 +638,7 @@ class SketchedNewtonAL(AbstractSolver):
         failed = capped(step.penalty, step.gradient_penalty) & place.newton
         restore = (failed | (place.slow & ~place.again)) & (violation > atol)
         failure = RESULTS.where(place.hopeless, RESULTS.infeasible_stationary, RESULTS.successful)
+        failure = RESULTS.where(place.stuck, RESULTS.stagnated, failure)
         failure = RESULTS.where(step.ok, failure, RESULTS.linear_solve_failed)
         moving = jnp.where(place.estimating, 0, 1)
         costs = {"hessian": 1} if self._inner(program).needs_matrix else {}
@@ -755,9 +758,15 @@ class SketchedNewtonAL(AbstractSolver):
         # what next
         leave = state.restoring & (norm <= 0.1 * state.entry)
         restoring = state.restoring & ~leave
-        tiny = (state.phase == SEARCH) & (state.length < SHORT)
-        short = jnp.where(tiny, state.short + 1, 0).astype(jnp.int32)
-        slow = (short >= PATIENCE + state.resets) & ~state.restoring
+        weights = _weights(state)
+        promised = jnp.abs(weights @ state.slope)
+        drowned = promised <= 10 * jnp.finfo(dtype).eps * (1 + jnp.abs(weights @ state.merit))
+        before = state.optimality * scaling.objective
+        idle = jnp.maximum(dual_error, product_error) >= before
+        tiny = jnp.where(drowned, idle, state.length < SHORT) & (state.phase == SEARCH)
+        short = jnp.where(drowned | tiny, state.short, 0) + tiny.astype(jnp.int32)
+        stuck = (short >= 2 * PATIENCE) & drowned
+        slow = (short >= PATIENCE + state.resets) & ~state.restoring & ~drowned
         again = leave | (slow & (violation <= 1e-4))
         estimating = measuring | again
 
@@ -793,6 +802,7 @@ class SketchedNewtonAL(AbstractSolver):
             slow=slow,
             short=jnp.where(slow, 0, short),
             hopeless=restoring & stationary & (norm > 1e-6),
+            stuck=stuck & ~state.restoring,
         )
 
     def _next_barrier(self, program, barrier, error, settled, size, scaling):

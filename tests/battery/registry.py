@@ -96,6 +96,30 @@ LEAST_SQUARES = Home(
     lambda args: args / 5,
 )
 
+# Nearest points of a plane, and of a box with active and inactive bounds.
+PLANE = Home(
+    "plane",
+    jx.NonlinearProgram(
+        lambda y, args: jnp.sum((y - args) ** 2) / 2,
+        equality=lambda y, args: jnp.sum(y) - 1,
+    ),
+    lambda dtype: jnp.ones(3, dtype),
+    lambda dtype: jnp.array([1.0, -0.5, 2.0], dtype),
+    lambda args: args - (jnp.sum(args) - 1) / args.size,
+)
+
+BOX = Home(
+    "box",
+    jx.NonlinearProgram(
+        lambda y, args: jnp.sum((y["v"] - args) ** 2) / 2,
+        inequality=lambda y, args: {"below": y["v"] - 1},
+        lower=0.0,
+    ),
+    lambda dtype: {"v": jnp.full(3, 0.5, dtype)},
+    lambda dtype: jnp.array([0.3, -0.5, 2.0], dtype),
+    lambda args: {"v": jnp.clip(args, 0, 1)},
+)
+
 # Well-conditioned, for methods that are slow on RIDGE.
 COSH = Home(
     "cosh",
@@ -159,6 +183,15 @@ HESSIAN_MODELS = (
 REGISTRY = (
     Entry(solvers.GradNormSmooth, SMOOTH, number=("radius", 0.5)),
     *HESSIAN_MODELS,
+    Entry(solvers.SketchedNewtonAL, (PLANE, BOX), number=("penalty", 2.0)),
+    Entry(
+        solvers.SketchedNewtonAL,
+        (PLANE, BOX),
+        ("penalty", 2.0),
+        "minres",
+        {"inner_solver": solvers.kkt.MINRES()},
+        brief=True,
+    ),
     Entry(solvers.SuperUniversalNewton, (RIDGE,), number=("radius", 0.5), brief=True),
     Entry(solvers.CubicNewton, (RIDGE,), number=("radius", 0.5), brief=True),
     Entry(solvers.GradientMethod, (COSH,), number=("radius", 0.5), brief=True),
