@@ -44,9 +44,9 @@ def merit_parts(
     """
     c = program.with_slack(rows, w[program.size :])
     distances = program.walls.distances(w)
-    logs = -barrier * jnp.sum(jnp.where(program.walls.real, jnp.log(distances), 0))
+    logs = barrier * program.walls.barrier(distances)
     residual = jnp.concatenate([gradient, multipliers[program.equalities :]])
-    residual -= program.walls.pull(barrier / distances)
+    residual -= program.walls.pull(barrier * program.walls.push(distances))
     scaled = program.free * program.walls.closeness(w) * residual
     return jnp.stack(
         [

@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxopt_ext.core.problem import NonlinearProgram
 from jaxopt_ext.implicit import Multipliers
 
+DAMPING = 1e-5  # of the barrier, as in IPOPT
+
 
 class Scaling(eqx.Module):
     """Factors on the objective and on each constraint, all positive.
@@ -55,12 +57,14 @@ class Walls(eqx.Module):
         lower: l, or `None`.
         upper: u, or `None`.
         real: Which limits exist: finite, and not those of a fixed variable.
+        single: Which of them have no limit on the other side.
         size: Number of y.
     """
 
     lower: Float[Array, " n"] | None
     upper: Float[Array, " n"] | None
     real: Bool[Array, " k"]
+    single: Bool[Array, " k"]
     size: int = eqx.field(static=True)
 
     def distances(self, w: Array) -> Array:
@@ -69,6 +73,19 @@ class Walls(eqx.Module):
         below = [] if self.lower is None else [y - self.lower]
         above = [] if self.upper is None else [self.upper - y]
         return jnp.where(self.real, jnp.concatenate([*below, *above, s]), 1)
+
+    def barrier(self, distances: Array) -> Array:
+        """Σ (DAMPING · d − log d), the first term for limits without one on the other side.
+
+        It keeps log d from growing along directions in which nothing else changes.
+        """
+        damped = jnp.where(self.single, DAMPING * distances, 0)
+        return jnp.sum(damped - jnp.where(self.real, jnp.log(distances), 0))
+
+    def push(self, distances: Array) -> Array:
+        """Minus the derivative of `barrier` by the distances."""
+        damped = jnp.where(self.single, DAMPING, 0).astype(distances.dtype)
+        return jnp.where(self.real, 1 / distances, 0) - damped
 
     def change(self, dw: Array) -> Array:
         """How the distances change with w."""
@@ -142,9 +159,14 @@ class FlatProgram:
         self.fixed = jnp.zeros(self.size, bool)
         if lower is not None and upper is not None:
             self.fixed = lower == upper
-        real = [jnp.isfinite(b) & ~self.fixed for b in (lower, upper) if b is not None]
-        real.append(jnp.ones(self.inequalities, bool))
-        self.walls = Walls(lower, upper, jnp.concatenate(real), self.size)
+        nowhere = jnp.zeros(self.size, bool)
+        below = nowhere if lower is None else jnp.isfinite(lower) & ~self.fixed
+        above = nowhere if upper is None else jnp.isfinite(upper) & ~self.fixed
+        slack = jnp.ones(self.inequalities, bool)
+        real = [b for b, bound in ((below, lower), (above, upper)) if bound is not None]
+        single = [b for b, bound in ((~above, lower), (~below, upper)) if bound is not None]
+        real, single = jnp.concatenate([*real, slack]), jnp.concatenate([*single, slack])
+        self.walls = Walls(lower, upper, real, real & single, self.size)
 
     @property
     def free(self) -> Array:

@@ -69,27 +69,33 @@ class KKTSystem(NamedTuple):
 
 
 def reduced_hessian(
-    hessian: Array, jacobian: Array, relaxation: Array, equalities: int
-) -> Float[Array, "d d"]:
-    """W + J_IᵀΔ_I⁻¹J_I on the null space of the equalities J_E.
+    hessian: Array, jacobian: Array, relaxation: Array, equalities: int, dependent: Array
+) -> Float[Array, "n n"]:
+    """W + J_IᵀΔ_I⁻¹J_I on the null space of the equalities J_E, and a positive number beyond it.
 
     Its being positive definite is the right inertia of K, and makes the step a descent direction
-    near feasible points.
+    near feasible points. Where the rows of J_E are dependent their null space is larger than its
+    basis here; there J_EᵀΔ_E⁻¹J_E is added instead.
 
     Args:
         hessian: W.
         jacobian: J, the rows of the equalities first.
-        relaxation: The diagonal of Δ; positive for inequalities.
-        equalities: Number of rows of J_E.
+        relaxation: The diagonal of Δ; positive for inequalities, and where `dependent`.
+        equalities: Number of rows of J_E, at most as many as variables.
+        dependent: Whether the rows of J_E are dependent.
     """
-    inequality = jacobian[equalities:]
+    inequality, equality = jacobian[equalities:], jacobian[:equalities]
     full = hessian + inequality.T @ (inequality / relaxation[equalities:, None])
     if equalities == 0:
         return full
-    if equalities >= len(hessian):
-        return jnp.zeros((0, 0), hessian.dtype)
-    basis = jnp.linalg.qr(jacobian[:equalities].T, mode="complete")[0][:, equalities:]
-    return basis.T @ full @ basis
+    basis = jnp.linalg.qr(equality.T, mode="complete")[0][:, equalities:]
+    projection = basis @ basis.T
+    beyond = jnp.eye(len(full), dtype=full.dtype) - projection
+    size = jnp.max(jnp.abs(jnp.diagonal(full)))
+    positive = jnp.where(size > 0, size, 1)
+    projected = projection @ full @ projection + positive * beyond
+    stiffness = jnp.where(dependent, 1 / relaxation[:equalities], 0)
+    return jnp.where(dependent, full + equality.T @ (equality * stiffness[:, None]), projected)
 
 
 def convexifying_shift(matrix: Array, previous: Array) -> Array:
@@ -109,8 +115,6 @@ def convexifying_shift(matrix: Array, previous: Array) -> Array:
         Wächter and Biegler, "On the implementation of an interior-point filter line-search
         algorithm", Mathematical Programming 106, 2006, algorithm IC.
     """
-    if matrix.size == 0:
-        return jnp.zeros((), matrix.dtype)
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     rounding = 100 * len(matrix) * jnp.finfo(matrix.dtype).eps
 

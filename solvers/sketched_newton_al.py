@@ -780,7 +780,9 @@ class SketchedNewtonAL(AbstractSolver):
         barrier = jnp.where(restoring, _restoration_barrier(barrier, norm), barrier)
         barrier = jnp.where(leave, state.kept_barrier, barrier)
 
-        force = jnp.concatenate([derivatives.pull(c), c[e:]]) * program.walls.closeness(w)
+        push_off = program.walls.pull(barrier * program.walls.push(distances))
+        force = jnp.concatenate([derivatives.pull(c), c[e:]]) - push_off
+        force = force * program.walls.closeness(w)
         stationary = jnp.max(jnp.abs(force), initial=0) <= 1e-6 * jnp.maximum(1e-2, norm)
         return Place(
             iterate=iterate,
@@ -831,7 +833,7 @@ class SketchedNewtonAL(AbstractSolver):
         sigma = jnp.where(place.estimating, jnp.where(jnp.arange(sigma.size) < n, 0, 1), sigma)
 
         # right-hand side: of Newton's step, of the step to feasibility, of the estimate
-        push_off = program.walls.pull(place.barrier * inverse)
+        push_off = program.walls.pull(place.barrier * program.walls.push(place.distances))
         lagrangian = jnp.concatenate([place.gradient, here.rows[e:]])
         objective = jnp.concatenate([derivatives.gradient, jnp.zeros_like(here.w[n:])])
         forces = jnp.where(place.restoring, 0, lagrangian) - push_off
@@ -848,7 +850,7 @@ class SketchedNewtonAL(AbstractSolver):
         optimality = jnp.sqrt(
             jnp.sum((program.walls.closeness(here.w) * residual) ** 2) + place.norm**2
         )
-        loose, least = self._looseness(program, derivatives, optimality)
+        loose, least, dependent = self._looseness(program, derivatives, optimality)
         loose = jnp.where(place.restoring, 1, loose)
         relaxation = jnp.full(here.rows.shape, loose, dtype).at[e:].add(1 / sigma[n:])
         plain = jnp.where(place.estimating, 1, jnp.where(place.restoring, damping, 0))
@@ -896,7 +898,7 @@ class SketchedNewtonAL(AbstractSolver):
 
         shift = jnp.zeros((), dtype)
         if derivatives.matrices is not None:
-            shift = self._shift(program, place, diagonal, relaxation, state.shift)
+            shift = self._shift(program, place, diagonal, relaxation, dependent, state.shift)
         if inner.exact:
             matrix = system(shift)
             kept = inner.prepare(matrix)
@@ -1001,26 +1003,25 @@ class SketchedNewtonAL(AbstractSolver):
         )  # fmt: skip
 
     def _looseness(self, program, derivatives, optimality):
-        """Δ for the equalities where their gradients are dependent, and λ_min(J_E J_Eᵀ)."""
+        """Δ for the equalities, λ_min(J_E J_Eᵀ), and whether their gradients are dependent."""
         zero = jnp.zeros_like(optimality)
         if program.equalities == 0:
-            return zero, zero + 1
+            return zero, zero + 1, jnp.array(False)
         if derivatives.matrices is None:
-            return 1e-8 * jnp.minimum(1, optimality), zero
+            return 1e-8 * jnp.minimum(1, optimality), zero, jnp.array(False)
         jacobian = derivatives.matrices[1][: program.equalities]
         gram = jnp.linalg.eigvalsh(jacobian @ jacobian.T)
         dependent = gram[0] < 1e-8 * jnp.maximum(1, gram[-1])
-        return jnp.where(dependent, jnp.minimum(1e-2, 1e-2 * optimality), 0), gram[0]
+        loose = jnp.where(dependent, jnp.minimum(1e-2, 1e-2 * optimality), 0)
+        return loose, gram[0], dependent
 
-    def _shift(self, program, place, diagonal, relaxation, previous):
+    def _shift(self, program, place, diagonal, relaxation, dependent, previous):
         """Τ, from the dense matrices."""
         matrices: Any = place.derivatives.matrices
         hessian, jacobian = matrices
         full = hessian + jnp.diag(diagonal)
-        reduced = reduced_hessian(full, jacobian, relaxation, program.equalities)
+        reduced = reduced_hessian(full, jacobian, relaxation, program.equalities, dependent)
         if self.shift == "frobenius":
-            if reduced.size == 0:
-                return jnp.zeros_like(previous)
             flat = jnp.linalg.eigvalsh(reduced)[0] < 1e-6
             return jnp.where(flat & place.newton, 0.1 + jnp.linalg.norm(hessian), 0)
         harmless = jnp.eye(len(reduced), dtype=reduced.dtype)

@@ -182,17 +182,24 @@ def test_the_relative_rule_sharpens_with_the_residual():
 def test_shift_makes_the_reduced_hessian_positive_definite():
     jacobian = jnp.array([[1.0, 1.0, 0.0]])
     hessian = jnp.diag(jnp.array([1.0, 2.0, -3.0]))
-    reduced = reduced_hessian(hessian, jacobian, jnp.zeros(1), 1)
-    np.testing.assert_allclose(np.linalg.eigvalsh(reduced), [-3.0, 1.5], atol=1e-12)
+    no, yes = jnp.array(False), jnp.array(True)
+    reduced = reduced_hessian(hessian, jacobian, jnp.zeros(1), 1, no)
+    # 1.5 on the null space, and the largest entry of W beyond it
+    np.testing.assert_allclose(np.linalg.eigvalsh(reduced), [-3.0, 1.5, 3.0], atol=1e-12)
     shift = convexifying_shift(reduced, jnp.array(0.0))
     assert 3.0 < float(shift) <= 300.0
     # with one that was needed before the search is finer
     closer = convexifying_shift(reduced, jnp.array(4.0))
     assert 3.0 < float(closer) <= 24.0
-    assert float(convexifying_shift(reduced + 4 * jnp.eye(2), jnp.array(4.0))) == 0.0
+    assert float(convexifying_shift(reduced + 4 * jnp.eye(3), jnp.array(4.0))) == 0.0
     # an inequality that is nearly active counts by its stiffness 1 / Δ
-    stiff = reduced_hessian(hessian, jnp.array([[0.0, 0.0, 1.0]]), jnp.array([1e-3]), 0)
+    stiff = reduced_hessian(hessian, jnp.array([[0.0, 0.0, 1.0]]), jnp.array([1e-3]), 0, no)
     assert float(stiff[2, 2]) == pytest.approx(997.0)
+    # two equal rows leave a null space that is larger than the number of rows says
+    twice = jnp.concatenate([jacobian, jacobian])
+    found = reduced_hessian(hessian, twice, jnp.full(2, 1e-2), 2, yes)
+    assert np.linalg.eigvalsh(found)[0] == pytest.approx(-3.0)
+    assert (np.linalg.eigvalsh(found)[1:] > 1.0).all()
 
 
 @pytest.mark.parametrize(
