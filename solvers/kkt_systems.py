@@ -88,9 +88,11 @@ def reduced_hessian(
     full = hessian + inequality.T @ (inequality / relaxation[equalities:, None])
     if equalities == 0:
         return full
-    basis = jnp.linalg.qr(equality.T, mode="complete")[0][:, equalities:]
-    projection = basis @ basis.T
-    beyond = jnp.eye(len(full), dtype=full.dtype) - projection
+    identity = jnp.eye(len(full), dtype=full.dtype)
+    ridge = jnp.where(dependent, 1.0, 0.0) * jnp.eye(equalities, dtype=full.dtype)
+    factor = jax.scipy.linalg.cho_factor(equality @ equality.T + ridge, lower=True)
+    beyond = equality.T @ jax.scipy.linalg.cho_solve(factor, equality)
+    projection = identity - beyond
     size = jnp.max(jnp.abs(jnp.diagonal(full)))
     positive = jnp.where(size > 0, size, 1)
     projected = projection @ full @ projection + positive * beyond
@@ -101,8 +103,7 @@ def reduced_hessian(
 def convexifying_shift(matrix: Array, previous: Array) -> Array:
     """A τ for which matrix + τI is positive definite beyond rounding.
 
-    The first τ tried is 1e-4, or a third of the last one that was needed; it grows by 100, then
-    by 8.
+    The first τ tried is 1e-4, or a third of the last one that was needed; it grows by 8.
 
     Args:
         matrix: Symmetric.
@@ -136,4 +137,4 @@ def convexifying_shift(matrix: Array, previous: Array) -> Array:
 def larger_shift(shift: Array, previous: Array) -> Array:
     """The τ to try after `shift`; see `convexifying_shift`."""
     first = jnp.where(previous > 0, jnp.maximum(previous / 3, 1e-20), 1e-4)
-    return jnp.where(shift == 0, first, jnp.where(previous > 0, 8, 100) * shift)
+    return jnp.where(shift == 0, first, 8 * shift)

@@ -909,7 +909,7 @@ class SketchedNewtonAL(AbstractSolver):
             penalty, gradient_penalty = jax.lax.while_loop(
                 lambda p: place.newton & ~descends(merit, slope, *p) & ~capped(*p),
                 lambda p: (p[0] * self.growth**2, p[1] / self.growth),
-                (state.penalty, state.gradient_penalty),
+                self._first_penalties(place, state),
             )
             sharpness = state.sharpness
         else:
@@ -938,6 +938,16 @@ class SketchedNewtonAL(AbstractSolver):
             damping=damping,
             products=products,
             ok=jnp.isfinite(solution).all(),
+        )
+
+    def _first_penalties(self, place, state):
+        """The penalties to begin with: those of the last step, or anew for a new barrier."""
+        anew = place.barrier < state.barrier
+        first = jnp.asarray(self.penalty, state.penalty.dtype)
+        second = jnp.asarray(self.gradient_penalty, state.penalty.dtype)
+        return (
+            jnp.where(anew, first, state.penalty),
+            jnp.where(anew, second, state.gradient_penalty),
         )
 
     def _inexact(self, inner, system, rhs, spread, slopes, sizes, shift, place, state):
@@ -988,7 +998,7 @@ class SketchedNewtonAL(AbstractSolver):
 
         zero = jnp.zeros((), jnp.int32)
         start = (
-            jnp.zeros_like(rhs), shift, state.penalty, state.gradient_penalty, state.sharpness,
+            jnp.zeros_like(rhs), shift, *self._first_penalties(place, state), state.sharpness,
             state.key, zero, zero, jnp.array(False),
         )  # fmt: skip
         shapes = jax.eval_shape(attempt, start)[1]
@@ -1010,10 +1020,15 @@ class SketchedNewtonAL(AbstractSolver):
         if derivatives.matrices is None:
             return 1e-8 * jnp.minimum(1, optimality), zero, jnp.array(False)
         jacobian = derivatives.matrices[1][: program.equalities]
-        gram = jnp.linalg.eigvalsh(jacobian @ jacobian.T)
-        dependent = gram[0] < 1e-8 * jnp.maximum(1, gram[-1])
+        gram = jacobian @ jacobian.T
+        pivots = jnp.diagonal(jnp.linalg.cholesky(gram)) ** 2
+        independent = pivots > 1e-8 * jnp.maximum(1, jnp.max(jnp.diagonal(gram)))
+        dependent = ~independent.all()  # also where the factorization failed, with NaN
+        least = zero
+        if isinstance(self.accuracy, PublishedAccuracy):
+            least = jnp.linalg.eigvalsh(gram)[0]
         loose = jnp.where(dependent, jnp.minimum(1e-2, 1e-2 * optimality), 0)
-        return loose, gram[0], dependent
+        return loose, least, dependent
 
     def _shift(self, program, place, diagonal, relaxation, dependent, previous):
         """Τ, from the dense matrices."""
