@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxopt_ext.implicit.tree import varying_axes
+from jaxopt_ext.implicit.tree import axes_of_type, varying_axes
 
 
 def _identity_of(fun: Callable) -> Any:
@@ -166,9 +166,68 @@ def hoist(fun: Callable, *args: PyTree) -> Hoisted:
         return_shape=True,
     )(dynamic)
     consts = [jnp.asarray(c) for c in closed.consts]
+    varied = vary_like((dynamic, consts))[1]
+    if [varying_axes(c) for c in varied] != [varying_axes(c) for c in consts]:
+        consts, closed = varied, _accepting_varied(closed, varied, jax.tree.leaves(dynamic))
     const_types = tuple((c.shape, c.dtype) for c in consts)
     program = _Program(fun, closed.jaxpr, const_types, in_tree, in_types, out_shape)
     return Hoisted(consts, program)
+
+
+def _accepting_varied(closed: jex.ClosedJaxpr, consts: list, leaves: list) -> jex.ClosedJaxpr:
+    """Inside `shard_map`, the program for captured arrays that vary as its arguments do.
+
+    The trace marks each captured array as varying where it meets an argument. Marking it twice is
+    an error, and a batched `cond` makes all its operands vary.
+    """
+
+    def run(consts, leaves):
+        return _evaluate(closed.jaxpr, consts, leaves)
+
+    again = jax.make_jaxpr(run)(consts, leaves)
+    jaxpr = again.jaxpr
+    n = len(consts)
+    jaxpr = jaxpr.replace(constvars=[*jaxpr.constvars, *jaxpr.invars[:n]], invars=jaxpr.invars[n:])
+    assert not again.consts
+    return jex.ClosedJaxpr(jaxpr, consts)
+
+
+def _evaluate(jaxpr: jex.Jaxpr, consts: list, leaves: list) -> list:
+    """Run a jaxpr; what is to be marked as varying may vary already."""
+    values: dict[Any, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *leaves), strict=True)
+    )
+
+    def read(v):
+        if not isinstance(v, jex.Literal):
+            return values[v]
+        aval: Any = v.aval
+        return jnp.asarray(v.val, aval.dtype)
+
+    def varies_more(v, value):
+        return not isinstance(v, jex.Literal) and varying_axes(value) != axes_of_type(v.aval)
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(v) for v in eqn.invars]
+        if eqn.primitive.name == "pvary":
+            axes = frozenset(eqn.params["axes"])
+            out = [
+                jax.lax.pcast(v, missing, to="varying") if missing else v
+                for v in inputs
+                for missing in [tuple(sorted(axes - varying_axes(v), key=str))]
+            ]
+        elif eqn.primitive.name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            out = _evaluate(inner.jaxpr, inner.consts, inputs)
+        else:
+            if any(map(varies_more, eqn.invars, inputs)):
+                inputs = vary_like(inputs)  # as the trace would have done
+            bound = eqn.primitive.get_bind_params(eqn.params)
+            subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # by version
+            out = eqn.primitive.bind(*subfuns, *inputs, **params)
+            out = out if eqn.primitive.multiple_results else [out]
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in jaxpr.outvars]
 
 
 def detach(tree: PyTree) -> PyTree:

@@ -1,8 +1,10 @@
 """PyTree helpers that the files of this room share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 
 def describe(tree: PyTree) -> str:
@@ -16,9 +18,13 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def varying_axes(leaf: Array) -> frozenset:
+def varying_axes(leaf: Any) -> frozenset:
     """Mesh axes over which `leaf` varies inside `shard_map(..., check_vma=True)`; else none."""
-    kind = jax.typeof(leaf)
+    return axes_of_type(jax.typeof(leaf))
+
+
+def axes_of_type(kind: Any) -> frozenset:
+    """The same for the type of an array."""
     if hasattr(kind, "manual_axis_type"):
         return frozenset(kind.manual_axis_type.varying)
     return frozenset(getattr(kind, "vma", ()))  # its name in earlier JAX

@@ -4,7 +4,7 @@ A problem states its optimality conditions, a solver finds a point that meets th
 differentiates the conditions rather than the solver.
 """
 
-from jaxopt_ext import implicit, solvers
+from jaxopt_ext import implicit, layers, solvers
 from jaxopt_ext.core.drive import Multistart, multistart, solve
 from jaxopt_ext.core.problem import (
     Bilevel,
@@ -62,6 +62,7 @@ __all__ = [
     "Target",
     "ValueChange",
     "implicit",
+    "layers",
     "multistart",
     "solve",
     "solvers",

@@ -31,7 +31,7 @@ from jaxopt_ext.core.solver import (
 )
 from jaxopt_ext.core.stop import Criterion, Track
 from jaxopt_ext.implicit.attach import attach_problem, follow
-from jaxopt_ext.implicit.hoist import strong
+from jaxopt_ext.implicit.hoist import strong, vary_like
 
 RECORDED = ("objective", "optimality", "feasibility", "step_size", "accepted")
 
@@ -162,6 +162,7 @@ def solve(
     value = check.variables("init", init)
     dtype = tree.dtype_of(value)
     problem, solver, args, stop = strong((problem, solver, args, stop), dtype)
+    value, args = _vary(value, args)
     live = _Job(problem.trace(value, args), solver, args, stop)
 
     unrolled = isinstance(adjoint, implicit.UnrolledAdjoint)
@@ -195,6 +196,17 @@ def solve(
     return solution if unrolled else _differentiate(live, solution, adjoint)
 
 
+def _vary(value: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
+    """Inside `shard_map`, start and arguments that vary over the same mesh axes.
+
+    The problem's functions are traced once. The program then fits only arguments that vary as
+    those it was traced with, and the iterates vary wherever an argument does.
+    """
+    dynamic, static = eqx.partition(args, eqx.is_array)
+    value, dynamic = vary_like((value, dynamic))
+    return value, eqx.combine(dynamic, static)
+
+
 # ---- the loop ------------------------------------------------------------------------------
 
 
@@ -215,6 +227,9 @@ def _prepare(job: _Job, value, key, resumed, history_length) -> _Carry:
                 f"found by {type(job.solver).__name__} for init {tree.describe(value)}"
             )
         state = job.solver.resume(job.problem, job.args, resumed.solver)
+    # inside `shard_map` a loop's carry must vary from the start wherever the problem does
+    inputs = eqx.filter((job, value, resumed), eqx.is_array)
+    state = vary_like(state, inputs)
     _, info = jax.eval_shape(lambda s: _solver_step(job, s), state)
     info = jax.tree.map(_unknown, info)
     zero = jnp.zeros((), jnp.int32)
@@ -228,7 +243,8 @@ def _prepare(job: _Job, value, key, resumed, history_length) -> _Carry:
     else:
         best = Best(state.value, info) if resumed is None else resumed.best
     done = jnp.array(False)
-    return _Carry(state, info, best, Track(zero, zero), done, RESULTS.max_steps_reached, history)
+    carry = _Carry(state, info, best, Track(zero, zero), done, RESULTS.max_steps_reached, history)
+    return vary_like(carry, inputs)
 
 
 def _unknown(shape):
