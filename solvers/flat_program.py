@@ -144,6 +144,7 @@ class FlatProgram:
         inequalities: Number of entries of c_I, and of slack variables.
         walls: The limits of w.
         fixed: Which variables have l = u.
+        bounded: Whether there is any limit.
     """
 
     def __init__(self, problem: NonlinearProgram, args: PyTree, value: PyTree):
@@ -156,6 +157,11 @@ class FlatProgram:
         self.inequalities = _entries(self._inequality)
         lower = None if problem.lower is None else self._flat_bound(problem.lower, value)
         upper = None if problem.upper is None else self._flat_bound(problem.upper, value)
+        # without any limit, a lower one at −∞ avoids arrays without entries, beside which XLA
+        # cannot compile callbacks in the user's functions (jax 0.10)
+        self.bounded = self.inequalities > 0 or lower is not None or upper is not None
+        if not self.bounded:
+            lower = jnp.full(self.size, -jnp.inf, self.dtype)
         self.fixed = jnp.zeros(self.size, bool)
         if lower is not None and upper is not None:
             self.fixed = lower == upper
@@ -178,11 +184,6 @@ class FlatProgram:
     def rows_size(self) -> int:
         """Number of constraints."""
         return self.equalities + self.inequalities
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is any limit at all."""
-        return self.walls.real.size > 0
 
     def _flat_bound(self, bound: PyTree, value: PyTree) -> Array:
         leaves = jax.tree.leaves(bound)
@@ -253,7 +254,7 @@ class FlatProgram:
         return Multipliers(
             _unflatten(self._equality, rows[: self.equalities]),
             _unflatten(self._inequality, jnp.maximum(rows[self.equalities :], 0)),
-            None if low is None else self.unravel(low),
+            None if low is None or self.problem.lower is None else self.unravel(low),
             None if up is None else self.unravel(up),
         )
 
@@ -265,7 +266,9 @@ class FlatProgram:
                 parts.append(ravel_pytree(part)[0].astype(self.dtype))
         rows = jnp.concatenate(parts) * scaling.objective / scaling.rows
         limits = [
-            ravel_pytree(part)[0].astype(self.dtype) * scaling.objective
+            jnp.zeros(self.size, self.dtype)
+            if part is None
+            else ravel_pytree(part)[0].astype(self.dtype) * scaling.objective
             for part, bound in ((given.lower, self.walls.lower), (given.upper, self.walls.upper))
             if bound is not None
         ]

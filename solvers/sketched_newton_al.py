@@ -747,7 +747,7 @@ class SketchedNewtonAL(AbstractSolver):
         c = program.with_slack(values, w[n:])
         gradient = trial.found.gradient * program.free[:n]
         dual = jnp.concatenate([gradient, trial.rows[e:]]) - program.walls.pull(walls)
-        number = max(trial.rows.size + walls.size, 1)
+        number = max(trial.rows.size + (walls.size if program.bounded else 0), 1)
         mean = (jnp.sum(jnp.abs(trial.rows)) + jnp.sum(walls)) / number
         size = jnp.maximum(100, mean) / 100
         dual_error = jnp.max(jnp.abs(dual), initial=0)
@@ -924,7 +924,9 @@ class SketchedNewtonAL(AbstractSolver):
                 gradient_penalty,
                 sharpness,
                 (products),
-            ) = self._inexact(inner, system, rhs, spread, slopes, sizes, shift, place, state)
+            ) = self._inexact(
+                inner, system, rhs, spread, slopes, sizes, shift, place, state, program.bounded
+            )
         return Step(
             iterate=step,
             multiplier=solution[n:],
@@ -950,7 +952,7 @@ class SketchedNewtonAL(AbstractSolver):
             jnp.where(anew, second, state.gradient_penalty),
         )
 
-    def _inexact(self, inner, system, rhs, spread, slopes, sizes, shift, place, state):
+    def _inexact(self, inner, system, rhs, spread, slopes, sizes, shift, place, state, bounded):
         """Solve to the accuracy asked for, until curvature and slope are as they must be."""
         n = place.gradient.size
         dense = place.derivatives.matrices is not None
@@ -963,7 +965,7 @@ class SketchedNewtonAL(AbstractSolver):
             size = sizes(penalty, gradient_penalty, matrix.matrix)
             sharpness = self.accuracy.update(sharpness, size)
             tolerance = self.accuracy.tolerance(sharpness, size)
-            if place.iterate.walls.size:
+            if bounded:
                 tolerance = jnp.minimum(tolerance, BOUNDED_FRACTION * size.residual)
             tolerance = jnp.where(place.newton, tolerance, 1e-4 * size.residual)
             now = None

@@ -12,6 +12,7 @@ from jax import export
 
 import jaxopt_ext as jx
 from jaxopt_ext import implicit, solvers
+from jaxopt_ext.bench import counting
 from jaxopt_ext.bench.problems import programs
 from jaxopt_ext.solvers import kkt
 from jaxopt_ext.solvers.exact_augmented_lagrangian import descends, merit_parts
@@ -398,6 +399,22 @@ def test_one_trace_no_recompilation_and_bitwise_resumption():
     )
     for a, b in zip(*map(jax.tree.leaves, parts), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["hs7", "hs43"])  # equalities alone, inequalities alone
+def test_functions_may_call_the_host_and_counts_are_right(name):
+    problem, log = programs.ENTRIES[name].build(), counting.Log()
+    program = as_program(counting.counted(problem, log))
+
+    @jax.jit
+    def solve(start):
+        return jx.solve(program, SOLVER, start, problem.data, max_steps=60).stats.counts
+
+    counts = jax.block_until_ready(solve(jnp.asarray(problem.init)))
+    rows = "equality" if problem.inequality is None else "inequality"
+    assert int(counts.value) == log.counts["value"] == log.counts[rows]
+    assert int(counts.gradient) == log.counts["gradient"] == log.counts[f"{rows}_vjp"]
+    assert int(counts.hessian) * problem.size == log.counts["hvp"]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
