@@ -5,6 +5,7 @@ Each condition is an `equinox.Module` with two facts about ∂F/∂x, `symmetric
 the point is from one where F has no derivative.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -86,9 +87,9 @@ class Condition(eqx.Module):
         """Whether ∂F/∂x is symmetric positive definite at the solution; believed, not checked."""
         return False
 
+    @abc.abstractmethod
     def __call__(self, x: PyTree, *args: PyTree) -> PyTree:
         """Return the residual F(x, *args)."""
-        raise NotImplementedError
 
     def margin(self, x: PyTree, *args: PyTree) -> Float[Array, ""]:
         """How far x is from a point where F has no derivative; +inf where none is known.

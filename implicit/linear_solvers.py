@@ -9,6 +9,7 @@ tangent and every cotangent is one more solve with the same solver. No solver ra
 not reach its tolerance; it returns what it has, and `solve_linear` reports how good that is.
 """
 
+import abc
 import numbers
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -239,8 +240,9 @@ class _Krylov(eqx.Module):
         _number(self, "rtol", self.rtol, positive=True, optional=True)
         _integer(self, "max_steps", self.max_steps, 1, optional=True)
 
+    @abc.abstractmethod
     def method(self, mv, rhs, tol, max_steps) -> PyTree:
-        raise NotImplementedError  # the subclasses below
+        """Run the iteration on a right-hand side of unit size."""
 
     def __call__(self, operator: LinearOperator, rhs: PyTree) -> PyTree:
         """Return x with operator(x) = rhs to relative residual `rtol`."""

@@ -1,5 +1,6 @@
 """What all bilevel solvers share: step rules, samples, the state, and how a step is reported."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -197,24 +198,24 @@ class BilevelSolver(AbstractSolver):
 
     # ---- what a method says ----
 
+    @abc.abstractmethod
     def _points(self, problem: Any, args: PyTree, x: PyTree, y: PyTree) -> PyTree:
         """The points of the first step."""
-        raise NotImplementedError
 
     def _companion(self, points: PyTree) -> PyTree:
         """What is reported besides (x, y), of those points."""
         return None
 
+    @abc.abstractmethod
     def _optimizers(self, points: PyTree) -> PyTree:
         """Memory of the step rules at the start."""
-        raise NotImplementedError
 
     def _memory(self, points: PyTree) -> PyTree:
         return None
 
+    @abc.abstractmethod
     def _advance(self, problem: Any, args: PyTree, state: BilevelState) -> Trial:
         """Evaluate `state.ahead` and move on."""
-        raise NotImplementedError
 
     def _draw(self, args: PyTree, key: Array | None) -> PyTree:
         """The args of one evaluation."""

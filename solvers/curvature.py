@@ -13,6 +13,7 @@ solves (H + λI) u = −g with another λ:
 All vectors are raveled, in the coordinates of the metric.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,13 +43,13 @@ class Direction(NamedTuple):
 class Curvature(eqx.Module):
     """Base of the forms of H at one point."""
 
+    @abc.abstractmethod
     def direction(self, shift: Array, gradient: Float[Array, " n"]) -> Direction:
         """Solve (H + shift·I) u = −gradient."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def product(self, v: Float[Array, " n"]) -> Float[Array, " n"]:
         """H v."""
-        raise NotImplementedError
 
 
 class Matrix(Curvature):

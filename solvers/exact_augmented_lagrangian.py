@@ -8,6 +8,7 @@ where D shrinks an entry with its distances from the walls; without walls D = I.
 local minimizer of M in variables and multipliers together, so a Newton step can be accepted whole.
 """
 
+import abc
 from typing import NamedTuple
 
 import equinox as eqx
@@ -118,9 +119,9 @@ class Accuracy(eqx.Module):
         """The sharpness at a new point, or with new penalties."""
         return sharpness
 
+    @abc.abstractmethod
     def tolerance(self, sharpness: Array, sizes: Sizes) -> Array:
         """What the residual must not exceed."""
-        raise NotImplementedError
 
 
 class RelativeAccuracy(Accuracy):

@@ -4,6 +4,7 @@ Semenov, Jaggi, Doikov, "Gradient-Normalized Smoothness for Optimization with Ap
 Hessians", arXiv 2506.13710.
 """
 
+import abc
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -95,9 +96,9 @@ class Trial(eqx.Module):
 class RadiusRule(eqx.Module):
     """Base: the radius of the first trial from a point. Rejected trials shrink it in any case."""
 
+    @abc.abstractmethod
     def first(self, gradient_norm: Array) -> Array:
         """γ for the dual norm of the gradient at the point."""
-        raise NotImplementedError
 
 
 class ConstantRadius(RadiusRule):
@@ -221,9 +222,9 @@ class RegularizedNewton(AbstractSolver):
         """λ where it does not depend on H."""
         return jnp.sqrt(state.squared) / state.radius
 
+    @abc.abstractmethod
     def accepts_trial(self, trial: Trial, state: GradNormSmoothState) -> Bool[Array, ""]:
         """Whether the trial makes the progress that the theory of the method asks for."""
-        raise NotImplementedError
 
     # what they share
 

@@ -9,6 +9,7 @@ where linear algebra is chosen.
 Functions given to a model take `(variables, args)`; data must come through `args`.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -106,9 +107,9 @@ class HessianModel(eqx.Module):
         shapes = jax.eval_shape(lambda: self.build(local, None))
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
+    @abc.abstractmethod
     def build(self, local: LocalProblem, data: PyTree) -> PyTree:
         """What to keep of H at a new point, given what was kept at the previous one."""
-        raise NotImplementedError
 
     def at(self, local: LocalProblem, data: PyTree) -> Curvature:
         """The form of H at the point, from what was kept."""
@@ -130,9 +131,9 @@ class LinearSolver(eqx.Module):
         """What building the form costs, by kind of `Counts`."""
         return {"hessian": 1}
 
+    @abc.abstractmethod
     def build(self, model: Any, local: LocalProblem) -> Any:
         """What is kept of H at a new point."""
-        raise NotImplementedError
 
     def at(self, model: Any, local: LocalProblem, data: Any) -> Curvature:
         """The form, from what was kept."""
@@ -305,9 +306,9 @@ class OperatorModel(HessianModel):
         """See `HessianModel`."""
         return self.linear_solver.at(self, local, data)
 
+    @abc.abstractmethod
     def product(self, local: LocalProblem) -> Callable[[Array], Array]:
         """The map v ↦ H v."""
-        raise NotImplementedError
 
     def matrix(self, local: LocalProblem) -> Float[Array, "n n"]:
         """H, by default from n products."""
@@ -318,8 +319,15 @@ class OperatorModel(HessianModel):
         return None
 
     def factor(self, local: LocalProblem) -> Float[Array, "n r"]:
-        """U with H = U Uᵀ."""
-        raise NotImplementedError
+        """U with H = U Uᵀ, for models that have a `rank`.
+
+        Raises:
+            TypeError: The model has none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no factor U with H = U Uᵀ; a model that defines `rank` "
+            "defines `factor` too"
+        )
 
 
 class ExactHessian(OperatorModel):

@@ -4,6 +4,7 @@ All of them start from the last approximation and go on until the residual is sm
 they can be compared under the same test.
 """
 
+import abc
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -48,6 +49,7 @@ class InnerSolver(eqx.Module):
         """What is worth keeping for several right-hand sides; arrays."""
         return None
 
+    @abc.abstractmethod
     def solve(
         self,
         system: KKTSystem,
@@ -67,7 +69,6 @@ class InnerSolver(eqx.Module):
             tolerance: On the residual, in its own units.
             key: Random key where `random`.
         """
-        raise NotImplementedError
 
 
 class Direct(InnerSolver):

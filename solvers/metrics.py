@@ -6,6 +6,7 @@ S u, a gradient becomes Sᵀ∇f, its norm is the dual norm ‖∇f‖_* = ⟨�
 becomes Sᵀ H S.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,13 +38,13 @@ class Coordinates(NamedTuple):
 class Metric(eqx.Module):
     """Base of the metrics."""
 
+    @abc.abstractmethod
     def coordinates(self, value: PyTree) -> Coordinates:
         """The maps for variables like `value`.
 
         Raises:
             ValueError: The metric does not fit them.
         """
-        raise NotImplementedError
 
 
 class EuclideanMetric(Metric):

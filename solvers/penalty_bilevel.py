@@ -1,5 +1,6 @@
 """Penalty methods for bilevel problems: first derivatives only, any number of lower solutions."""
 
+import abc
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
@@ -101,13 +102,13 @@ class PenaltyMethod(BilevelSolver):
 
     # ---- what distinguishes the methods ----
 
+    @abc.abstractmethod
     def _sigma(self, step: Int[Array, ""], dtype: Any) -> Float[Array, ""]:
         """The penalty parameter of one step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _rules(self) -> tuple[Rule, Rule, Rule]:
         """Step rules of x, y and z."""
-        raise NotImplementedError
 
     @property
     def _central(self) -> bool:

@@ -1,5 +1,6 @@
 """How the surrogate is minimized: gradient steps, optax, another of our solvers, exactly."""
 
+import abc
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -50,6 +51,7 @@ class InnerSolver(eqx.Module):
         """What is remembered from one surrogate to the next, a PyTree of arrays."""
         return None
 
+    @abc.abstractmethod
     def run(self, surrogate: Surrogate, value: PyTree, gradient: PyTree, memory: PyTree) -> Inner:
         """Reduce the surrogate.
 
@@ -62,7 +64,6 @@ class InnerSolver(eqx.Module):
         Returns:
             The end point and what it took.
         """
-        raise NotImplementedError
 
 
 def _moved(value, direction, factor):

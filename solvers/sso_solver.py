@@ -1,5 +1,6 @@
 """The solver `SSO`: majorization-minimization with a surrogate in target space."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -218,8 +219,9 @@ class Surrogates(AbstractSolver):
         target, pull, aux = jax.vjp(evaluate, state.trial, has_aux=True)
         return target, lambda cotangent: pull(cotangent)[0], aux
 
-    def _advance(self, problem, args, state, target, pull, answer, loss):
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _advance(self, problem, args, state, target, pull, answer, loss) -> Any:
+        """The next state and its info, from the oracle's answer at the trial."""
 
     def _aux(self, problem, value, args):
         """Zeros like the auxiliary output; without one the loss is not even traced."""

@@ -1,5 +1,6 @@
 """The target step size η: constant, from smoothness, estimated, by a search, decreasing."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -59,9 +60,9 @@ class TargetStep(eqx.Module):
         eta = jnp.where(oracle.first, first, self.next(oracle))
         return eta, jnp.zeros((), jnp.int32)
 
+    @abc.abstractmethod
     def first(self, oracle: Oracle) -> Array:
         """η at the start."""
-        raise NotImplementedError
 
     def next(self, oracle: Oracle) -> Array:
         """η after an accepted step; by default that of the step."""
@@ -220,6 +221,14 @@ class TargetArmijo(TargetStep):
         if not eqx.is_array(self.trials):
             check.count("TargetArmijo", "trials", self.trials)
 
+    def first(self, oracle):
+        """Where the first search begins."""
+        return self.start
+
+    def next(self, oracle):
+        """Where the next search begins."""
+        return oracle.last * self.grow
+
     def __call__(self, oracle):
         """See `TargetStep`."""
         loss: Any = oracle.loss
@@ -242,7 +251,7 @@ class TargetArmijo(TargetStep):
             smaller = (eta * self.shrink).astype(dtype)
             return jnp.where(enough, eta, smaller), enough, trials + 1
 
-        start = jnp.where(oracle.first, self.start, oracle.last * self.grow).astype(dtype)
+        start = jnp.where(oracle.first, self.first(oracle), self.next(oracle)).astype(dtype)
         nothing = ~oracle.accepted | (squared == 0)
         carry = (start, nothing, jnp.zeros((), jnp.int32))
         eta, _, trials = jax.lax.while_loop(going, body, carry)

@@ -5,6 +5,7 @@ optimality conditions (for the implicit layer) and measures how far a point is f
 problem knows a solver.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -37,6 +38,7 @@ class Problem(eqx.Module):
         """Which of `equality`, `inequality`, `bounds` and `sets` are present."""
         return frozenset()
 
+    @abc.abstractmethod
     def trace(self: P, value: PyTree, args: PyTree) -> P:
         """Call each user function once, check its output, and keep it as a program.
 
@@ -52,15 +54,18 @@ class Problem(eqx.Module):
             ValueError: A function cannot be evaluated at `value` and `args`, or its output does
                 not have the shape that the problem needs.
         """
-        raise NotImplementedError
 
     def objective(self, value: PyTree, args: PyTree) -> tuple[Float[Array, ""], PyTree]:
-        """The objective and the auxiliary output (`None` without `has_aux`)."""
-        raise NotImplementedError
+        """The objective and the auxiliary output (`None` without `has_aux`).
 
+        Raises:
+            TypeError: The problem has none; see `has_objective`.
+        """
+        raise TypeError(f"{type(self).__name__} has no objective")
+
+    @abc.abstractmethod
     def condition(self) -> implicit.Condition:
         """The optimality conditions, a function of `(variables, args)`."""
-        raise NotImplementedError
 
     def variables(self, value: PyTree, multipliers: PyTree) -> PyTree:
         """What the conditions are a function of, from the parts of a `Solution`."""

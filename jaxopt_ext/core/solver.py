@@ -1,5 +1,6 @@
 """The contract of a solver: `init`, `step`, `stop`; state for the next step, info for people."""
 
+import abc
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -113,6 +114,7 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
             if getattr(self, name) is not None:
                 check.number(type(self).__name__, name, getattr(self, name), at_least=0)
 
+    @abc.abstractmethod
     def init(self, problem: Problem, value: PyTree, args: PyTree, key: Array | None = None) -> Any:
         """Allocate the state; no iteration.
 
@@ -125,8 +127,8 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
         Returns:
             The state, a PyTree of arrays with an attribute `value`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, problem: Problem, args: PyTree, state: Any) -> tuple[Any, Info]:
         """One iteration.
 
@@ -139,7 +141,6 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
         Returns:
             The next state and what the step reports.
         """
-        raise NotImplementedError
 
     def resume(self, problem: Problem, args: PyTree, state: Any) -> Any:
         """Make a state fit for `args` that may differ from those of its last step.

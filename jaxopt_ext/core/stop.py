@@ -1,5 +1,7 @@
 """Stopping criteria: small objects on what a step reports, combined with `&` and `|`."""
 
+import abc
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -24,9 +26,9 @@ class Track(eqx.Module):
 class Criterion(eqx.Module):
     """Base: a criterion says whether it is met and, if so, with which result."""
 
+    @abc.abstractmethod
     def __call__(self, info: Info, track: Track) -> tuple[Bool[Array, ""], RESULTS]:
         """Return `(met, result)`; `result` counts only where `met`."""
-        raise NotImplementedError
 
     def __and__(self, other: "Criterion") -> "Criterion":
         return All(self, other)
