@@ -138,3 +138,63 @@ def larger_shift(shift: Array, previous: Array) -> Array:
     """The τ to try after `shift`; see `convexifying_shift`."""
     first = jnp.where(previous > 0, jnp.maximum(previous / 3, 1e-20), 1e-4)
     return jnp.where(shift == 0, first, 8 * shift)
+
+
+def dense_derivatives(gradient: Array, hessian: Array, jacobian: Array) -> Derivatives:
+    """From the matrices."""
+
+    def both(dy, drows):
+        return hessian @ dy + jacobian.T @ drows, jacobian @ dy
+
+    return Derivatives(
+        gradient,
+        lambda dy: hessian @ dy,
+        lambda dy: jacobian @ dy,
+        lambda drows: jacobian.T @ drows,
+        both,
+        (hessian, jacobian),
+    )
+
+
+def rescaled(derivatives: Derivatives, objective: Array, rows: Array) -> Derivatives:
+    """With factors on objective and constraints; H is not touched, no step is taken then."""
+    gradient = objective * derivatives.gradient
+    if derivatives.matrices is not None:
+        hessian, jacobian = derivatives.matrices
+        return dense_derivatives(gradient, hessian, rows[:, None] * jacobian)
+
+    def both(dy, drows):
+        along, values = derivatives.both(dy, rows * drows)
+        return along, rows * values
+
+    return Derivatives(
+        gradient,
+        derivatives.hessian,
+        lambda dy: rows * derivatives.push(dy),
+        lambda drows: derivatives.pull(rows * drows),
+        both,
+        None,
+    )
+
+
+def newton_system(derivatives: Derivatives, diagonal: Array, relaxation: Array, newton: Array):
+    """K, with H only in Newton's steps."""
+    n = diagonal.size
+    if derivatives.matrices is not None:
+        hessian, jacobian = derivatives.matrices
+        block = jnp.where(newton, hessian, 0) + jnp.diag(diagonal)
+        matrix = jnp.block([[block, jacobian.T], [jacobian, -jnp.diag(relaxation)]])
+        return KKTSystem(
+            lambda v: matrix @ v, matrix, jnp.diagonal(block), derivatives.push,
+            derivatives.pull, jacobian, relaxation,
+        )  # fmt: skip
+
+    def apart(dy, drows):
+        return derivatives.pull(drows), derivatives.push(dy)
+
+    def product(v):
+        dy, drows = v[:n], v[n:]
+        along, rows = jax.lax.cond(newton, derivatives.both, apart, dy, drows)
+        return jnp.concatenate([along + diagonal * dy, rows - relaxation * drows])
+
+    return KKTSystem(product, None, diagonal, derivatives.push, derivatives.pull, None, relaxation)
