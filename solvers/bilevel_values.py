@@ -12,6 +12,7 @@ from jaxopt_ext import implicit
 from jaxopt_ext.core import check, tree
 from jaxopt_ext.core.drive import solve
 from jaxopt_ext.core.problem import Bilevel, CompositeMinimization, Minimization
+from jaxopt_ext.core.solution import Solution
 from jaxopt_ext.core.solver import AbstractSolver
 from jaxopt_ext.solvers.bilevel_hypergradients import (
     BilevelHypergradient,
@@ -91,6 +92,22 @@ def lower_minimum(
     """
     check.number("lower_minimum", "sigma", sigma, at_least=0)
     y = check.variables("y", y)
+    adjoint = implicit.DetachedAdjoint()
+    found = minimize_lower(problem, x, y, args, sigma, solver, max_steps, adjoint)
+    return implicit.detach(found.value), found.success
+
+
+def minimize_lower(
+    problem: Bilevel,
+    x: PyTree,
+    y: PyTree,
+    args: PyTree,
+    sigma: float | Array,
+    solver: AbstractSolver | None,
+    max_steps: int,
+    adjoint: implicit.Adjoint,
+) -> Solution:
+    """The whole solution of what `lower_minimum` solves."""
     start = project(problem.lower_set, y)
 
     def fun(v, inputs):
@@ -105,9 +122,7 @@ def lower_minimum(
     )
     solver = GradNormSmooth() if solver is None else solver
     inputs = x, args, jnp.asarray(sigma, tree.dtype_of(y))
-    adjoint = implicit.DetachedAdjoint()
-    found = solve(inner, solver, start, inputs, max_steps=max_steps, adjoint=adjoint)
-    return implicit.detach(found.value), found.success
+    return solve(inner, solver, start, inputs, max_steps=max_steps, adjoint=adjoint)
 
 
 def penalty_value(

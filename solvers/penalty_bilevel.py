@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxopt_ext import implicit
 from jaxopt_ext.core import check, tree
 from jaxopt_ext.core.result import RESULTS
-from jaxopt_ext.core.solver import Number
+from jaxopt_ext.core.solver import AbstractSolver, Number
 from jaxopt_ext.solvers.bilevel_steps import (
     BilevelSolver,
     BilevelState,
@@ -25,9 +25,11 @@ from jaxopt_ext.solvers.bilevel_steps import (
     mapping,
     start_rule,
 )
+from jaxopt_ext.solvers.bilevel_values import minimize_lower
 from jaxopt_ext.solvers.cbo_consensus import Geometric, Schedule, check_schedule, scheduled
 
 LAST = 2**30  # the step at which a schedule is taken to have settled
+POLISHING = 500  # steps of the polishing solver at most
 
 
 class Values(NamedTuple):
@@ -95,6 +97,19 @@ class CentralSystem(implicit.PenaltySystem):
         )
 
 
+class PolishedSystem(implicit.Condition):
+    """A penalty system in x and a pair (w, z), and a lower-level solution y beside it."""
+
+    penalty: implicit.PenaltySystem
+
+    def __call__(self, unknowns, *args):
+        """Return the residuals, those of w and z as a pair."""
+        x, y, (w, z) = unknowns
+        row_x, row_w, row_z = self.penalty((x, w, z), *args)
+        gradient = jax.grad(self.penalty.lower, 1)(x, y, *args)
+        return row_x, mapping(self.penalty.lower_set, y, gradient), (row_w, row_z)
+
+
 class PenaltyMethod(BilevelSolver):
     """The penalty step, shared by `PenaltyBilevel` and `F2SA`."""
 
@@ -135,6 +150,16 @@ class PenaltyMethod(BilevelSolver):
     def _averaged(self, step, old: PyTree, new: PyTree) -> PyTree:
         """The proximal centres of the next step."""
         return new
+
+    def condition(self, problem: Any):
+        """See `AbstractSolver.condition`: the penalty system at the final σ."""
+        sigma = self._sigma(jnp.array(LAST), _dtype(problem))
+        forward = problem.condition(sigma)
+        if not self._central:
+            return forward
+        return CentralSystem(
+            forward.upper, forward.lower, sigma, forward.upper_set, forward.lower_set
+        )
 
     # ---- the step ----
 
@@ -340,6 +365,11 @@ class PenaltyBilevel(PenaltyMethod):
             Needs `lower_steps=1`.
         common_samples: Whether y and z see the same samples. Independent ones have a variance
             larger by 1/σ²; they are there to reproduce other methods.
+        polish: Whether to solve the lower level alone at the end, starting from y: `True` by
+            `GradNormSmooth()`, or by a solver of your own, see `lower_minimum`. The y returned is
+            then lower-level optimal and still close to the best such point for f, and
+            `Solution.multipliers` is the pair of the unpolished y and z. Derivatives of y are of
+            the least norm where the lower level has several solutions.
         rtol: Tolerance relative to the scale; `None` means eps.
         atol: Tolerance on the max norm; `None` means eps^(2/3).
 
@@ -374,6 +404,7 @@ class PenaltyBilevel(PenaltyMethod):
     averaging: Schedule = 1.0
     momentum: Schedule | None = None
     common_samples: bool = eqx.field(static=True, default=True)
+    polish: AbstractSolver | bool = False
 
     def __check_init__(self):
         owner = type(self).__name__
@@ -393,6 +424,16 @@ class PenaltyBilevel(PenaltyMethod):
             raise ValueError(
                 f"{owner}: lower_steps is {self.lower_steps}, expected 1 with momentum"
             )
+        if self._central and self.prox is not None:
+            raise ValueError(
+                f"{owner}: prox is {self.prox}, expected None because difference is 'central', "
+                "which is for strongly convex lower levels"
+            )
+        if not isinstance(self.polish, bool | AbstractSolver):
+            raise TypeError(
+                f"{owner}: polish is a {type(self.polish).__name__}, expected True, False or a "
+                "solver such as GradNormSmooth()"
+            )
 
     def init(self, problem, value, args, key=None):
         """See `BilevelSolver.init`."""
@@ -411,14 +452,35 @@ class PenaltyBilevel(PenaltyMethod):
         return done & (settled | (result != RESULTS.successful)), result
 
     def condition(self, problem: Any):
-        """See `AbstractSolver.condition`: the penalty system at the final σ."""
-        sigma = self._sigma(jnp.array(LAST), _dtype(problem))
-        forward = problem.condition(sigma)
-        if not self._central:
-            return forward
-        return CentralSystem(
-            forward.upper, forward.lower, sigma, forward.upper_set, forward.lower_set
+        """See `AbstractSolver.condition`: the penalty system at the final σ, polished or not."""
+        system = super().condition(problem)
+        return system if self.polish is False else PolishedSystem(system)
+
+    def finish(self, problem, args, value, info):
+        """See `AbstractSolver.finish`: with `polish`, solve the lower level alone from y."""
+        if self.polish is False:
+            return value, info
+        x, y = value
+        solver = None if self.polish is True else self.polish
+        adjoint = implicit.ImplicitAdjoint(implicit.MinimumNorm())
+        found = minimize_lower(problem, x, y, args, 0.0, solver, POLISHING, adjoint)
+        polished = found.value
+        objective, aux = problem.objective((x, polished), args)
+        gradient = jax.grad(problem.lower, 1)(x, polished, args)
+        residual = tree.max_norm(mapping(problem.lower_set, polished, gradient))
+        info = eqx.tree_at(
+            lambda i: (i.objective, i.aux, i.optimality, i.multipliers, i.counts),
+            info,
+            (
+                objective.astype(info.objective.dtype),
+                aux,
+                jnp.maximum(info.optimality, residual.astype(info.optimality.dtype)),
+                (y, info.multipliers),
+                jax.tree.map(jnp.add, info.counts, found.stats.counts),
+            ),
+            is_leaf=lambda leaf: leaf is None,
         )
+        return (x, polished), info
 
     def _sigma(self, step, dtype):
         return jnp.maximum(scheduled(self.sigma, step, dtype), jnp.finfo(dtype).eps ** 0.5)

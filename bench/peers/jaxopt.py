@@ -1,11 +1,14 @@
 """jaxopt. Its tolerance bounds the Euclidean norm of the gradient.
 
-Tuned: 30 pairs instead of 10 in L-BFGS; other linear solvers in the implicit differentiation.
+Tuned: 30 pairs instead of 10 in L-BFGS; other linear solvers in the implicit differentiation. On
+bilevel problems a loop of its own parts: it has no bilevel solver.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxopt_ext.bench.contender import Answer, Budget, Contender
@@ -77,6 +80,71 @@ def _line_search(problem: Supervised, budget: Budget) -> Any:
     return Method(init, step, lambda state: state[0], (1.0, 10.0, 100.0))
 
 
+class ImplicitLoop(NamedTuple):
+    """A hypergradient loop: gradient steps from the last y, jaxopt's implicit derivative, a step.
+
+    Attributes:
+        problem: The bilevel problem, with its step sizes.
+        lower_steps: Gradient steps per step of x.
+        products: Most steps of the conjugate gradients in the derivative.
+    """
+
+    problem: Any
+    lower_steps: int = 10
+    products: int = 10
+
+    def init(self, problem: Any, value: Any, args: Any, key: Any) -> "LoopState":
+        """The start; `key` is not used."""
+        return LoopState(value, jnp.asarray(jnp.nan, jax.tree.leaves(value)[0].dtype))
+
+    def step(self, problem: Any, args: Any, state: "LoopState") -> tuple["LoopState", "LoopInfo"]:
+        """One step of x; deterministic problems without sets only."""
+        import jaxopt
+
+        x, y = state.value
+        lower = jaxopt.GradientDescent(
+            lambda y, x: problem.lower(x, y, args),
+            maxiter=self.lower_steps,
+            stepsize=self.problem.lower_step,
+            acceleration=False,
+            tol=0.0,
+            implicit_diff=True,
+            implicit_diff_solve=functools.partial(
+                jaxopt.linear_solve.solve_cg, maxiter=self.products
+            ),
+        )
+
+        def outcome(x):
+            moved = lower.run(y, x).params
+            return problem.upper(x, moved, args), moved
+
+        (objective, y), direction = jax.value_and_grad(outcome, has_aux=True)(x)
+        rate = self.problem.upper_step
+        x = jax.tree.map(lambda v, d: v - jnp.asarray(rate, v.dtype) * d, x, direction)
+        counts = LoopCounts(jnp.asarray(self.lower_steps + 2), jnp.asarray(self.products + 1))
+        return LoopState((x, y), objective), LoopInfo(counts)
+
+
+class LoopState(NamedTuple):
+    """The pair (x, y), and the upper objective before x moved."""
+
+    value: Any
+    objective: Any
+
+
+class LoopCounts(NamedTuple):
+    """Evaluations of one step."""
+
+    gradient: Any
+    hvp: Any
+
+
+class LoopInfo(NamedTuple):
+    """What a step reports."""
+
+    counts: LoopCounts
+
+
 def _contender(solver, kind, make, **more):
     return Contender("jaxopt", solver, (kind,), make, module="jaxopt", **more)
 
@@ -88,6 +156,7 @@ CONTENDERS = (
     _contender("LBFGS", "smooth", _solver("LBFGS", options=_TUNED), setting="tuned", config=_TUNED),
     _contender("LevenbergMarquardt", "least_squares", _solver("LevenbergMarquardt", "residual")),
     _contender("ArmijoSGD", KIND, _line_search, random=True),
+    _contender("GradientDescent", "deterministic", lambda problem, budget: ImplicitLoop(problem)),
     _rule("default", ("hypergradient",)),
     _rule("normal CG, tight", ("hypergradient",), "solve_normal_cg", tight=True),
     _rule("CG, tight", ("ridge",), "solve_cg", tight=True),

@@ -81,6 +81,12 @@ DETERMINISTIC: dict[str, Build] = {
     "AID-Neumann": lambda p: solvers.ImplicitBilevel(
         linear_solver=implicit.Neumann(10, p.lower_step), warm_start=False, **_rates(p)
     ),
+    "AID-Nystrom": lambda p: solvers.ImplicitBilevel(
+        # 10 products; the shift stands for the spectrum that the sketch does not see
+        linear_solver=implicit.Nystrom(10, 0.1 / p.lower_step, jax.random.key(0)),
+        warm_start=False,
+        **_rates(p),
+    ),
     "one-step": lambda p: solvers.ImplicitBilevel(
         linear_solver=implicit.JacobianFree(p.lower_step), warm_start=False, **_rates(p)
     ),

@@ -178,7 +178,7 @@ def solve(
         listener = _listener(callback, progress, solver)
         bound = max_steps if unrolled else None
         carry = _advance(job, carry, jnp.asarray(max_steps), bound, checkpoints, listener)
-    value, info = _choose(carry)
+    value, info = _finish(job, carry)
     solution = Solution(
         value=value,
         multipliers=info.multipliers,
@@ -186,7 +186,7 @@ def solve(
         optimality=info.optimality,
         feasibility=info.feasibility,
         result=carry.result,
-        stats=Stats(carry.track.steps, carry.info.counts),
+        stats=Stats(carry.track.steps, info.counts),
         aux=info.aux,
         history=carry.history,
         state=RunState(carry.state, carry.best),
@@ -343,12 +343,13 @@ def _better(new: Info, old: Info, has_objective: bool):
 
 
 @eqx.filter_jit
-def _choose(carry: _Carry):
+def _finish(job: _Job, carry: _Carry):
     """The final point where the criterion was met there, else the best evaluated one."""
     final = Best(carry.state.value, carry.info)
     if carry.best is not None:
         final = tree.where(carry.result == RESULTS.successful, final, carry.best)
-    return final.value, final.info
+    info = eqx.tree_at(lambda info: info.counts, final.info, carry.info.counts)
+    return job.solver.finish(job.problem, job.args, final.value, info)
 
 
 # ---- the host side -------------------------------------------------------------------------

@@ -170,6 +170,16 @@ class AbstractSolver(eqx.Module, metaclass=check.SettingsMeta):
         result = RESULTS.where(met, RESULTS.successful, info.failure)
         return met | (info.failure != RESULTS.successful), result
 
+    def finish(
+        self, problem: Problem, args: PyTree, value: PyTree, info: Info
+    ) -> tuple[PyTree, Info]:
+        """What `solve` returns instead of the final point; by default that point.
+
+        It must satisfy `condition` together with `info.multipliers`. The state is not touched, so
+        a solve that goes on from it is not either.
+        """
+        return value, info
+
     def condition(self, problem: Problem) -> implicit.Condition:
         """The conditions that a solution of this solver satisfies; by default the problem's."""
         return problem.condition()

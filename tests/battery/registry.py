@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxopt_ext as jx
-from jaxopt_ext import solvers
+from jaxopt_ext import implicit, solvers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +131,42 @@ COSH = Home(
 
 SMOOTH = (RIDGE, QUARTIC, COMPOSED, LEAST_SQUARES)
 
+BILEVEL = jx.Bilevel(
+    upper=lambda x, y, t: jnp.sum((y - t) ** 2 + jnp.exp(t / 4) * x**2 / 2) / 2,
+    lower=lambda x, y, t: jnp.sum(jnp.array([1, 2, 1.5], y.dtype) * (y - x) ** 2) / 2,
+)
+
+
+def _bilevel(name, sigma, central=False):
+    """The minimizer of the penalty function at `sigma`; with σ = 0 that of the bilevel problem."""
+
+    def solution(t):
+        curvature = jnp.array([1, 2, 1.5], t.dtype)
+        shrink = curvature / (curvature + sigma)
+        if central:
+            shrink = (shrink + curvature / (curvature - sigma)) / 2
+        x = shrink * t / (shrink + jnp.exp(t / 4) / 2)
+        return x, (sigma * t + curvature * x) / (sigma + curvature)
+
+    def init(dtype):
+        return jnp.zeros(3, dtype), jnp.ones(3, dtype)
+
+    return Home(name, BILEVEL, init, lambda dtype: jnp.array([1.0, -0.5, 2.0], dtype), solution)
+
+
+PENALIZED = _bilevel("penalized", 1e-2)
+MILD = _bilevel("mild", 0.1)  # recursive estimates collect rounding errors, which are divided by σ
+CENTRAL = _bilevel("central", 1e-2, central=True)
+EXACT = _bilevel("exact", 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A solver, the problems it must solve, and one numeric setting that can be varied.
 
     The first home should be a `Minimization` of a single array; else only the tests of solutions
-    and derivatives apply. `variant` names a choice of `settings`. A `brief` entry differs from
+    and derivatives apply, for a `Bilevel` with args of shape (3,) also those that need no function
+    of one array. `variant` names a choice of `settings`. A `brief` entry differs from
     another one by a setting only, and takes the tests in which that could matter; set
     JAXOPT_EXT_FULL_BATTERY=1 to give it all of them.
     """
@@ -150,7 +179,7 @@ class Entry:
     brief: bool = False
 
     def solver(self, **more: Any) -> jx.AbstractSolver:
-        return self.make(**self.settings, **more)
+        return self.make(**(self.settings | more))
 
     @property
     def name(self) -> str:
@@ -180,6 +209,34 @@ HESSIAN_MODELS = (
 )
 
 
+def _penalty(variant="", home=PENALIZED, brief=True, **settings):
+    settings = {"sigma": 1e-2, "lower_step": 0.4, **settings}
+    number = ("upper_step", 0.5)
+    return Entry(solvers.PenaltyBilevel, (home,), number, variant, settings, brief)
+
+
+def _hypergradient(make, variant="", brief=True, **settings):
+    settings = {"lower_step": 0.4, **settings}
+    return Entry(make, (EXACT,), ("upper_step", 0.3), variant, settings, brief)
+
+
+BILEVEL_METHODS = (
+    _penalty(brief=False),
+    _penalty("central", CENTRAL, difference="central"),
+    _penalty("momentum", MILD, sigma=0.1, lower_steps=1, momentum=0.5),
+    Entry(
+        solvers.F2SA,
+        (PENALIZED,),
+        ("ratio", 100.0),
+        settings={"alpha": 4e-3, "gamma": 0.4, "multiplier": 100.0, "ratio": 100.0},
+        brief=True,
+    ),
+    _hypergradient(solvers.ImplicitBilevel, brief=False),
+    _hypergradient(solvers.ImplicitBilevel, "cg", linear_solver=implicit.CG(max_steps=3)),
+    _hypergradient(solvers.UnrolledBilevel, lower_steps=60),
+    _hypergradient(solvers.SOBA),
+)
+
 REGISTRY = (
     Entry(solvers.GradNormSmooth, SMOOTH, number=("radius", 0.5)),
     *HESSIAN_MODELS,
@@ -203,4 +260,5 @@ REGISTRY = (
         "polished",
         {"particles": 20, "polish": solvers.cbo.Polish(solvers.GradNormSmooth(), after=20)},
     ),
+    *BILEVEL_METHODS,
 )

@@ -541,6 +541,14 @@ def test_float32_is_close_to_float64():
 # ---- F2SA ----
 
 
+def test_derivative_of_f2sa_is_that_at_its_multiplier():
+    sigma = 0.1
+    solver = solvers.F2SA(alpha=0.2 * sigma, gamma=0.2, multiplier=1 / sigma, ratio=0.2 / 0.02)
+    args = scalar_args()
+    ours = jax.jit(jax.jacrev(lambda a: run(args=a, solver=solver).value))(args)
+    close(ours, jax.jacobian(lambda a: scalar_solution(a, sigma))(args), 1e-8)
+
+
 @pytest.mark.parametrize("lower_steps", [1, 3])
 def test_f2sa_follows_its_algorithm(lower_steps):
     alpha, gamma, xi = 0.002, 0.1, 3.0
@@ -655,6 +663,42 @@ def test_polished_point_is_lower_level_optimal():
     np.testing.assert_allclose(y, found.value[0], atol=1e-10)
 
 
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_polish_returns_a_lower_level_solution_with_its_derivative(difference):
+    solver = scalar_solver(polish=True, difference=difference)
+    closed = scalar_solution if difference == "forward" else scalar_central
+    args = scalar_args()
+    found = run(solver=solver).check()
+    x, y = closed(args)
+    close(found.value, (x, x), 1e-9)  # argmin g(x, ·) = x
+    close(found.multipliers[0], y, 1e-9)
+    close(found.objective, SCALAR.upper(x, x, args), 1e-9)
+    ours = jax.jit(jax.jacrev(lambda a: run(args=a, solver=solver).value))(args)
+    close(ours, jax.jacobian(lambda a: (closed(a)[0], closed(a)[0]))(args), 1e-8)
+    # polishing leaves the state alone
+    plain = run(solver=scalar_solver(difference=difference))
+    assert_identical(found.state, plain.state)
+    assert int(found.stats.counts.gradient) > int(plain.stats.counts.gradient)
+
+
+def test_polish_stays_near_the_best_of_many_lower_solutions():
+    problem = jx.Bilevel(
+        upper=lambda x, y, _: jnp.sum(y**2) / 2 + x**2 / 8,
+        lower=lambda x, y, _: (x * y[0] + y[1] - 1) ** 2 / 2,
+        lower_set=lambda y: jnp.clip(y, -5, 5),
+    )
+    init = jnp.array(2.0), jnp.array([1.0, 0.0])
+    rates = {"sigma": 0.05, "upper_step": 0.3, "lower_step": 0.3, "lower_steps": 20}
+    solver = solvers.PenaltyBilevel(polish=True, **rates)
+    stop = jx.Optimality(atol=1e-8)
+    found = jx.solve(problem, solver, init, max_steps=5000, stop=stop).check()
+    x, y = found.value
+    best = jnp.array([x, 1.0]) / (1 + x**2)
+    assert float(problem.lower(x, y, None)) < 1e-18
+    assert float(problem.lower(x, found.multipliers[0], None)) > 1e-4
+    np.testing.assert_allclose(y, best, atol=1e-6)  # y_σ is a multiple of it, so nothing is lost
+
+
 def test_sigma_never_falls_below_its_floor():
     found = run(solver=scalar_solver(sigma=1e-30), max_steps=3)
     assert float(found.state.solver.report["sigma"]) == float(jnp.finfo(jnp.float64).eps) ** 0.5
@@ -715,6 +759,7 @@ GOOD = jnp.array(0.0), jnp.array(0.0)
         ({"lower_steps": 0}, "lower_steps is 0, expected an integer >= 1"),
         ({"upper_step": -0.1}, "upper_step is -0.1, expected a number > 0"),
         ({"lower_step": 0.0}, "lower_step is 0, expected a number > 0"),
+        ({"difference": "central", "prox": 0.5}, "prox is 0.5, expected None because difference"),
         ({"difference": "backward"}, "difference is 'backward', expected 'forward' or 'central'"),
     ],
 )
@@ -764,6 +809,8 @@ def test_bad_problems_are_refused():
         solver=scalar_solver(sampler=lambda key, args: args["c"]),
         key=jax.random.key(0),
     )
+    with pytest.raises(TypeError, match="polish is a str, expected True, False or a solver"):
+        solvers.PenaltyBilevel(polish="yes")
     with pytest.raises(TypeError, match=r"has no setting 'sigm'.*did you mean 'sigma'"):
         solvers.PenaltyBilevel(sigm=1.0)
     with pytest.raises(ValueError, match="method is 'magic', expected 'penalty', 'cg'"):
