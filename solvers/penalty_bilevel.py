@@ -151,6 +151,11 @@ class PenaltyMethod(BilevelSolver):
         """The proximal centres of the next step."""
         return new
 
+    @property
+    def _rescues(self) -> bool:
+        """Whether y takes the place of a z that is a worse lower-level point."""
+        return False
+
     def condition(self, problem: Any):
         """See `AbstractSolver.condition`: the penalty system at the final σ."""
         sigma = self._sigma(jnp.array(LAST), _dtype(problem))
@@ -209,6 +214,11 @@ class PenaltyMethod(BilevelSolver):
         ).astype(dtype)
         upper, lower = values.upper, values.lower
         gap = lower[0] - lower[1]
+        memory_y, memory_z = moved[2:]
+        if self._rescues:
+            worse = _worse(gap, residual, y, z, values.objective)
+            centres = centres[0], tree.where(worse, *centres)
+            memory_z = tree.where(worse, memory_y, memory_z)
         # with σf(x, z) the same formula holds for both differences
         shared = (upper[0] + upper[1]) / 2 if self._central else upper[0]
         visits = self.lower_steps + self._apart
@@ -217,7 +227,7 @@ class PenaltyMethod(BilevelSolver):
             value=(x, y),
             companion=z,
             ahead=(next_x, *centres),
-            optimizers=(memory_x, *moved[2:]),
+            optimizers=(memory_x, memory_y, memory_z),
             memory=memory,
             objective=values.objective,
             aux=values.aux,
@@ -365,6 +375,8 @@ class PenaltyBilevel(PenaltyMethod):
             Needs `lower_steps=1`.
         common_samples: Whether y and z see the same samples. Independent ones have a variance
             larger by 1/σ²; they are there to reproduce other methods.
+        rescue: Whether z restarts at y where it is a clearly worse lower-level point, as in
+            `lower_level_not_solved`: for lower levels with local minima. Not with "central".
         polish: Whether to solve the lower level alone at the end, starting from y: `True` by
             `GradNormSmooth()`, or by a solver of your own, see `lower_minimum`. The y returned is
             then lower-level optimal and still close to the best such point for f, and
@@ -404,6 +416,7 @@ class PenaltyBilevel(PenaltyMethod):
     averaging: Schedule = 1.0
     momentum: Schedule | None = None
     common_samples: bool = eqx.field(static=True, default=True)
+    rescue: bool = eqx.field(static=True, default=True)
     polish: AbstractSolver | bool = False
 
     def __check_init__(self):
@@ -496,6 +509,11 @@ class PenaltyBilevel(PenaltyMethod):
     def _independent(self):
         return not self.common_samples
 
+    @property
+    def _rescues(self):
+        # the values of independent samples cannot be compared
+        return self.rescue and not self._central and self.common_samples
+
     def _eta(self, step, dtype):
         return None if self.momentum is None else scheduled(self.momentum, step, dtype)
 
@@ -546,10 +564,21 @@ def lower_level_not_solved(state: BilevelState) -> Array:
             f"lower_level_not_solved: state is a {type(state).__name__}, expected the state of a "
             "penalty method, solution.state.solver"
         )
-    gap, residual = state.report["lower_gap"], state.report["lower_residual"]
-    moved = tree.max_norm(optax.tree.sub(state.value[1], state.companion))
+    report = state.report
+    return _worse(
+        report["lower_gap"], report["lower_residual"], state.value[1], state.companion,
+        state.objective,
+    )  # fmt: skip
+
+
+def _worse(gap, residual, y, z, objective) -> Array:
+    """Whether g(x, z) > g(x, y) by more than a convex g with that residual at z allows.
+
+    For convex g it is at most ∇g(x, z)ᵀ(z − y) ≤ ‖∇g(x, z)‖_max ‖z − y‖₁.
+    """
+    moved = optax.tree.norm(optax.tree.sub(y, z), ord=1)
     rounding = jnp.finfo(gap.dtype).eps ** 0.75
-    return ~(gap >= -(residual * moved + rounding * jnp.maximum(1, jnp.abs(state.objective))))
+    return ~(gap >= -(residual * moved + rounding * jnp.maximum(1, jnp.abs(objective))))
 
 
 def _check_share(owner, name, setting):

@@ -179,6 +179,7 @@ def quadratic(
 
 RIDGE = 1e-3
 CLASSES = 10
+RETRAIN = 1000  # accelerated steps, after which the lower level is solved
 
 
 class Cleaning(NamedTuple):
@@ -280,7 +281,6 @@ def cleaning(
     lower_step: float,
     upper_step: float,
     gradients: int,
-    retrain: int = 1000,
 ) -> BilevelProblem:
     """Hyper-cleaning: weights of the training samples, judged by the validation loss.
 
@@ -299,7 +299,7 @@ def cleaning(
 
     def train(x):
         here = cast((x, start, args, np.asarray(lower_step)), "float32")
-        return retrained(*here, steps=retrain)
+        return retrained(*here, steps=RETRAIN)
 
     def measure(x, y):
         x = np.asarray(x, np.float64)
@@ -322,7 +322,7 @@ def cleaning(
         figures = {
             "none": train(np.zeros(n)),
             "clean samples only": train(np.where(data.corrupted, -30.0, 30.0)),
-            "validation alone": retrained(*even[:3], even[3] * lower_step, steps=retrain),
+            "validation alone": retrained(*even[:3], even[3] * lower_step, steps=RETRAIN),
         }
         return {label: accuracy(y) for label, y in figures.items()}
 
@@ -359,7 +359,7 @@ def pictures(name: str, share: float, train: int, valid: int, gradients: int) ->
     except ValueError as error:
         raise ImportError(str(error)) from None
     data = corrupt(found.features / 255, found.labels, train, valid, share)
-    return cleaning(f"{name}-{share:g}", data, 0.1, 4000.0, gradients, retrain=300)
+    return cleaning(f"{name}-{share:g}", data, 0.1, 4000.0, gradients)
 
 
 ENTRIES = {
@@ -371,10 +371,10 @@ ENTRIES = {
     "digits-0.5": Entry(("deterministic",), functools.partial(digits, 0.5)),
     "mnist5k-0.5": Entry(
         ("deterministic",),
-        functools.partial(pictures, "mnist5k", 0.5, 3000, 1000, 3_000),
+        functools.partial(pictures, "mnist5k", 0.5, 3000, 1000, 9_000),
     ),
     "fashion6k-0.5": Entry(
         ("deterministic",),
-        functools.partial(pictures, "fashion6k", 0.5, 4000, 1000, 3_000),
+        functools.partial(pictures, "fashion6k", 0.5, 4000, 1000, 9_000),
     ),
 }

@@ -65,6 +65,19 @@ def _f2sa(p: BilevelProblem, **settings: Any):
     return solvers.F2SA(alpha=alpha, gamma=gamma, ratio=ratio, sampler=p.sampler, **settings)
 
 
+def _tuned(p: BilevelProblem) -> solvers.PenaltyBilevel:
+    """The best of 17 settings on another split of a part of mnist5k, with the same budget.
+
+    Of six tried there for AID-CG the best were those of AID-CG-accelerated.
+    """
+    return solvers.PenaltyBilevel(
+        sigma=3e-3,
+        upper_step=p.upper_step / 3,
+        lower_step=optax.sgd(p.lower_step, momentum=0.95, nesterov=True),
+        lower_steps=5,
+    )
+
+
 DETERMINISTIC: dict[str, Build] = {
     "penalty": lambda p: solvers.PenaltyBilevel(sigma=1e-2, **_rates(p)),
     "penalty-single-loop": lambda p: solvers.PenaltyBilevel(sigma=1e-2, **_rates(p, 1)),
@@ -72,6 +85,7 @@ DETERMINISTIC: dict[str, Build] = {
         sigma=1e-2, difference="central", **_rates(p)
     ),
     "penalty-accelerated": lambda p: solvers.PenaltyBilevel(sigma=1e-2, **_accelerated(p)),
+    "penalty-tuned": _tuned,
     "AID-CG": lambda p: solvers.ImplicitBilevel(
         linear_solver=implicit.CG(max_steps=10), **_rates(p)
     ),

@@ -647,12 +647,29 @@ def test_lower_level_that_is_stuck_is_flagged():
         upper=lambda x, y, _: 8 * (y + 1) ** 2 + x**2,
         lower=lambda x, y, _: (y**2 - 1) ** 2 / 4 + 0.05 * y + 0 * x,
     )
-    solver = solvers.PenaltyBilevel(sigma=0.1, upper_step=0.1, lower_step=0.1)
+    rates = {"sigma": 0.1, "upper_step": 0.1, "lower_step": 0.1}
+    solver = solvers.PenaltyBilevel(rescue=False, **rates)
     stuck = jx.solve(problem, solver, (jnp.array(0.5), jnp.array(0.9)), max_steps=300)
     assert float(stuck.value[1]) < -0.9 and float(stuck.multipliers) > 0.9
     assert bool(solvers.lower_level_not_solved(stuck.state.solver))
     fine = jx.solve(problem, solver, (jnp.array(0.5), jnp.array(-0.9)), max_steps=300)
     assert not bool(solvers.lower_level_not_solved(fine.state.solver))
+    solver = solvers.PenaltyBilevel(**rates)
+    rescued = jx.solve(problem, solver, (jnp.array(0.5), jnp.array(0.9)), max_steps=300)
+    close(rescued.multipliers, fine.multipliers, 1e-8)
+    assert not bool(solvers.lower_level_not_solved(rescued.state.solver))
+
+
+@pytest.mark.parametrize("lower_steps", [1, 4])
+def test_rescue_never_acts_on_convex_lower_levels(lower_steps):
+    """Not even far from the solution, where z lags behind."""
+    rates = {"sigma": 1e-3, "upper_step": 0.05, "lower_step": 0.3, "lower_steps": lower_steps}
+    init = jnp.full(3, 5.0), jnp.arange(6.0)
+    one, two = (
+        jx.solve(QUADRATIC, solvers.PenaltyBilevel(rescue=rescue, **rates), init, max_steps=60)
+        for rescue in (True, False)
+    )
+    assert_identical(one.value, two.value)
 
 
 def test_polished_point_is_lower_level_optimal():
