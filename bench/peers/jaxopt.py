@@ -99,19 +99,17 @@ class ImplicitLoop(NamedTuple):
 
     def step(self, problem: Any, args: Any, state: "LoopState") -> tuple["LoopState", "LoopInfo"]:
         """One step of x; deterministic problems without sets only."""
-        import jaxopt
+        from jaxopt import GradientDescent, linear_solve
 
         x, y = state.value
-        lower = jaxopt.GradientDescent(
+        lower = GradientDescent(
             lambda y, x: problem.lower(x, y, args),
             maxiter=self.lower_steps,
             stepsize=self.problem.lower_step,
             acceleration=False,
             tol=0.0,
             implicit_diff=True,
-            implicit_diff_solve=functools.partial(
-                jaxopt.linear_solve.solve_cg, maxiter=self.products
-            ),
+            implicit_diff_solve=functools.partial(linear_solve.solve_cg, maxiter=self.products),
         )
 
         def outcome(x):

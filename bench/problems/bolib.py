@@ -36,7 +36,11 @@ class Bolib(NamedTuple):
         least: min f(x, ·) where it has a closed form; `None` to search a grid.
         span: Where starts are drawn, if the boxes are infinite; the length scale of x.
         regular: Whether the optimum is within reach of a penalty method: the solution path is
-            continuous there. Elsewhere S(x) jumps at the optimum.
+            continuous there. Elsewhere S(x) jumps at the optimum: two minima of f(x, ·) are equally
+            low, and the one that is best for F stays a local minimum where x goes on (examples 3.14
+            at x = 1/4, 3.20 at 1/2, PaulaviciusAdjiman2017a at 1/2, Mirrlees1999 at 1), or f(x, ·)
+            vanishes at x = 0 (example 3.11, KleniatiAdjiman2014Ex3; the latter's optimum is the
+            limit of regular points from the right).
     """
 
     upper: Callable[[Array, Array], Array]
