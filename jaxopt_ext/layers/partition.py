@@ -100,6 +100,57 @@ def group(member: Bool[Any, "experts points"], capacity: int | None = None) -> G
     return Groups(index, mask, member.shape[1], dropped)
 
 
+def group_by_label(
+    labels: Int[Array, " points"], experts: int, capacity: int | None = None
+) -> Groups:
+    """Groups from the user's own labels, e.g. of materials, of clusters, or of a learned choice.
+
+    Args:
+        labels: The expert of each point; points with a negative label have none.
+        experts: Number of experts.
+        capacity: See `group`.
+
+    Returns:
+        The groups.
+
+    Raises:
+        ValueError: `capacity` is `None` under `jit`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> print(layers.group_by_label(jnp.array([0, 1, 0, 0]), experts=2).mask)
+        [[ True  True  True]
+         [ True False False]]
+    """
+    check.count("group_by_label", "experts", experts)
+    numbers = jnp.arange(experts, dtype=labels.dtype)
+    return group(labels[None, :] == numbers[:, None], capacity)
+
+
+def group_randomly(key: Array, points: int, experts: int) -> Groups:
+    """Groups of equal size (±1) without any geometry: the control that a partition must beat.
+
+    Args:
+        key: A JAX random key.
+        points: Number of points.
+        experts: Number of experts.
+
+    Returns:
+        The groups.
+
+    Example:
+        >>> import jax
+        >>> from jaxopt_ext import layers
+        >>> print(layers.group_randomly(jax.random.key(0), points=7, experts=3).mask.sum(axis=1))
+        [3 2 2]
+    """
+    check.count("group_randomly", "points", points)
+    check.count("group_randomly", "experts", experts)
+    labels = jax.random.permutation(key, jnp.arange(points, dtype=jnp.int32) % experts)
+    return group_by_label(labels, experts, -(-points // experts))
+
+
 class BoxPartition(eqx.Module):
     """Equal boxes of a box in space, time or both; one expert each, numbered row by row.
 
@@ -185,8 +236,7 @@ class BoxPartition(eqx.Module):
         """
         check.number("BoxPartition.group", "overlap", overlap, at_least=0)
         if overlap == 0:
-            numbers = jnp.arange(self.experts, dtype=jnp.int32)
-            return group(self.assign(points)[None, :] == numbers[:, None], capacity)
+            return group_by_label(self.assign(points), self.experts, capacity)
         low, high = self.corners()
         reach = overlap * self._size()
         low, high = (jnp.asarray(c, points.dtype)[:, None] for c in (low - reach, high + reach))
@@ -219,16 +269,23 @@ class BoxPartition(eqx.Module):
         nearest = jax.nn.one_hot(self.assign(points), self.experts, dtype=points.dtype)
         return jnp.where(total > 0, bump / jnp.where(total > 0, total, 1), nearest)
 
-    def interfaces(self, points: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def interfaces(
+        self, points: int = 1, overlap: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The faces between neighbours.
 
         Args:
             points: Points along each axis of a face, in the middle of equal cells.
+            overlap: With 0 there is one face between two neighbours. Otherwise there are two, each
+                the boundary of one enlarged box and inside the other: see `group`, and `Schwarz`.
+                At most 1.
 
         Returns:
-            Pairs of experts (faces, 2); points on each face (faces, points^(axes − 1), axes); and
-            the axis that is normal to each face (faces,).
+            Pairs of experts (faces, 2), with overlap the one whose boundary it is first; points on
+            each face (faces, points^(axes − 1), axes); and the axis that is normal to each face
+            (faces,).
         """
+        check.number("BoxPartition.interfaces", "overlap", overlap, at_least=0)
         low, high = self.corners()
         cells = list(itertools.product(*map(range, self.splits)))
         number = {cell: k for k, cell in enumerate(cells)}
@@ -238,16 +295,20 @@ class BoxPartition(eqx.Module):
             beyond = (*cell[:axis], cell[axis] + 1, *cell[axis + 1 :])
             if beyond not in number:
                 continue
-            k = number[cell]
-            lines = [
-                high[k, a : a + 1]
-                if a == axis
-                else low[k, a] + fractions * (high[k, a] - low[k, a])
-                for a in range(len(self.splits))
-            ]
-            pairs.append((k, number[beyond]))
-            places.append(list(itertools.product(*lines)))
-            normals.append(axis)
+            both = number[cell], number[beyond]
+            for owner, other, away in ((*both, overlap), (*both[::-1], -overlap)):
+                middle = high[both[0], axis] + away * self._size()[axis]
+                lines = [
+                    np.array([middle])
+                    if a == axis
+                    else low[owner, a] + fractions * (high[owner, a] - low[owner, a])
+                    for a in range(len(self.splits))
+                ]
+                pairs.append((owner, other))
+                places.append(list(itertools.product(*lines)))
+                normals.append(axis)
+                if overlap == 0:
+                    break
         d = len(self.splits)
         return (
             np.array(pairs, np.int32).reshape(-1, 2),

@@ -1,6 +1,9 @@
-"""Pieces of physical constraints: derivatives, projections on conservation laws, smooth kinks."""
+"""Pieces of physical constraints: derivatives, boundary values, conservation laws, smooth kinks.
 
-from collections.abc import Callable
+Fields are functions of one point, u(point) → array, as are the values of all basis functions there.
+"""
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +49,220 @@ def derivative(fun: Callable[[Array], Array], axis: int = 0, order: int = 1) -> 
     return fun
 
 
+def laplacian(fun: Callable[[Array], Array], axes: Sequence[int] | None = None) -> Callable:
+    """The sum of second derivatives, in forward mode.
+
+    Args:
+        fun: u(point) → array.
+        axes: Along which coordinates, e.g. those of space and not time; `None` means all.
+
+    Returns:
+        A function of the point with the shape of u.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> print(layers.laplacian(lambda p: p[0] ** 2 + 3 * p[1] ** 2)(jnp.array([1.0, 2.0])))
+        8.0
+    """
+
+    def of(point):
+        along = range(point.shape[0]) if axes is None else axes
+        terms = [derivative(fun, axis, 2)(point) for axis in along]
+        return sum(terms[1:], terms[0])
+
+    return of
+
+
+def divergence(fun: Callable[[Array], Array]) -> Callable:
+    """The divergence of a vector field.
+
+    Args:
+        fun: v(point) → array whose last axis are the components, as many as coordinates.
+
+    Returns:
+        A function of the point without that axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> print(layers.divergence(lambda p: jnp.array([2 * p[0], p[0] * p[1]]))(jnp.ones(2)))
+        3.0
+    """
+
+    def of(point):
+        terms = [derivative(fun, axis)(point)[..., axis] for axis in range(point.shape[0])]
+        return sum(terms[1:], terms[0])
+
+    return of
+
+
+def curl(potential: Callable[[Array], Array]) -> Callable:
+    """A field that is divergence-free by construction: the curl of a potential.
+
+    Args:
+        potential: In two dimensions ψ(point) → array, the stream function (or those of all basis
+            functions); in three, A(point) → array with the components along its last axis.
+
+    Returns:
+        v(point), with the components along its last axis: (∂ψ/∂y, −∂ψ/∂x) or ∇ × A.
+
+    Raises:
+        ValueError: (when called) the point has not two or three coordinates.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> print(layers.curl(lambda p: p[0] * p[1] ** 2)(jnp.array([1.0, 2.0])))
+        [ 4. -4.]
+    """
+
+    def of(point):
+        slopes = [derivative(potential, axis)(point) for axis in range(point.shape[0])]
+        if len(slopes) == 2:
+            return jnp.stack([slopes[1], -slopes[0]], axis=-1)
+        if len(slopes) != 3:
+            raise ValueError(f"curl: the point has {len(slopes)} coordinates, expected 2 or 3")
+        x, y, z = slopes
+        return jnp.stack(
+            [y[..., 2] - z[..., 1], z[..., 0] - x[..., 2], x[..., 1] - y[..., 0]], axis=-1
+        )
+
+    return of
+
+
+def dirichlet(
+    fun: Callable[[Array], Array], points: Float[Array, "points axes"], values: Array | float = 0.0
+) -> Array:
+    """Rows that prescribe values: at a boundary, or at the first time as initial condition.
+
+    Args:
+        fun: u(point) → array.
+        points: One row each.
+        values: One entry per point, or one for all, in units of u.
+
+    Returns:
+        u − values, points first.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> print(layers.dirichlet(lambda p: 3 * p[0], jnp.array([[0.0], [1.0]]), 1.0))
+        [-1.  2.]
+    """
+    value = jax.vmap(fun)(points)
+    return value - jnp.asarray(values, value.dtype)
+
+
+def neumann(
+    fun: Callable[[Array], Array],
+    points: Float[Array, "points axes"],
+    normals: Float[Array, "points axes"],
+    values: Array | float = 0.0,
+    robin: Array | float = 0.0,
+) -> Array:
+    """Rows that prescribe the normal derivative, or ∂u/∂n + α u.
+
+    Args:
+        fun: u(point) → array.
+        points: One row each.
+        normals: Outer unit normals, likewise.
+        values: One entry per point, or one for all, in units of u per length.
+        robin: α, likewise, in units of 1 per length.
+
+    Returns:
+        ∂u/∂n + α u − values, points first.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> right = jnp.ones((1, 1))
+        >>> print(layers.neumann(lambda p: p[0] ** 2, right, right, 2.0))
+        [0.]
+    """
+    value, slope = jax.vmap(lambda point, normal: jax.jvp(fun, (point,), (normal,)))(
+        points, normals
+    )
+    slope = slope + jnp.asarray(robin, value.dtype) * value
+    return slope - jnp.asarray(values, value.dtype)
+
+
+def periodic(
+    fun: Callable[[Array], Array],
+    left: Float[Array, "points axes"],
+    right: Float[Array, "points axes"],
+    axis: int = 0,
+    order: int = 1,
+) -> Array:
+    """Rows that make values and derivatives agree on opposite boundaries.
+
+    Args:
+        fun: u(point) → array.
+        left: Points of one boundary, one row each.
+        right: The opposite ones.
+        axis: The coordinate in which they differ.
+        order: Derivatives along it up to this order agree; 0 for the value alone.
+
+    Returns:
+        Differences, with axes (order + 1, points, ...).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> ends = jnp.zeros((1, 1)), jnp.full((1, 1), 2 * jnp.pi)
+        >>> bool(jnp.max(jnp.abs(layers.periodic(lambda p: jnp.sin(p[0]), *ends))) < 1e-6)
+        True
+    """
+    check.count("periodic", "order", order, at_least=0)
+    rows = []
+    for times in range(order + 1):
+        at = derivative(fun, axis, times) if times else fun
+        rows.append(jax.vmap(at)(left) - jax.vmap(at)(right))
+    return jnp.stack(rows)
+
+
+def with_values(
+    fun: Callable[[Array], Array],
+    values: Callable[[Array], Array],
+    distance: Callable[[Array], Array],
+) -> Callable:
+    """A field that has given boundary values by construction: values + distance · u.
+
+    Args:
+        fun: u(point) → array.
+        values: Any smooth extension of the boundary values, with the shape of u.
+        distance: A smooth scalar function of the point, zero at the boundary only.
+
+    Returns:
+        A function of the point with the shape of u.
+
+    Reference:
+        Lagaris, Likas, Fotiadis, "Artificial neural networks for solving ordinary and partial
+        differential equations", 1998.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> u = layers.with_values(lambda p: 7.0, lambda p: 1.0, lambda p: p[0] * (1 - p[0]))
+        >>> print(u(jnp.array([1.0])))
+        1.0
+    """
+    return lambda point: values(point) + distance(point) * fun(point)
+
+
 def conserve(
     field: Float[Array, " points"],
-    weights: Float[Array, " points"],
-    total: float | Float[Array, ""],
+    weights: Float[Array, "*laws points"],
+    total: float | Float[Array, "*laws"],
     variance: Float[Array, " points"] | None = None,
 ) -> Float[Array, " points"]:
-    """The nearest field with a given integral Σ wᵢ uᵢ.
+    """The nearest field with a given integral Σ wᵢ uᵢ, or with several such linear laws.
 
     Args:
         field: u.
-        weights: w, the weights of a quadrature rule, not all zero.
-        total: The integral, in units of w · u.
+        weights: w, the weights of a quadrature rule, not all zero; or one row for each of several
+            independent laws.
+        total: The integral, in units of w · u; or one for each law.
         variance: Where the field is uncertain it is changed more, in proportion; `None` means
             everywhere alike.
 
@@ -77,14 +282,17 @@ def conserve(
         [1.5 2.5]
     """
     for name, other in (("weights", weights), ("variance", variance)):
-        if other is not None and jnp.shape(other) != jnp.shape(field):
+        points = jnp.shape(other)[-1:] if name == "weights" else jnp.shape(other)
+        if other is not None and points != jnp.shape(field):
             raise ValueError(
                 f"conserve: {name} has shape {list(jnp.shape(other))}, expected "
                 f"{list(jnp.shape(field))} as the field"
             )
     direction = weights if variance is None else variance * weights
-    missing = jnp.asarray(total, field.dtype) - jnp.vdot(weights, field)
-    return field + missing / jnp.vdot(weights, direction) * direction
+    missing = jnp.asarray(total, field.dtype) - weights @ field
+    if weights.ndim == 1:
+        return field + missing / jnp.vdot(weights, direction) * direction
+    return field + direction.T @ jnp.linalg.solve(weights @ direction.T, missing)
 
 
 def divergence_free(velocity: Float[Array, "axes ..."]) -> Float[Array, "axes ..."]:
@@ -158,3 +366,33 @@ def smooth_positive(value: Array, width: float | Array) -> Array:
     check.number("smooth_positive", "width", width, above=0)
     width = jnp.asarray(width, value.dtype)
     return (value + jnp.sqrt(value**2 + width**2)) / 2
+
+
+def smooth_clip(
+    value: Array, lower: float | Array, upper: float | Array, width: float | Array
+) -> Array:
+    """A smooth clip to lower < value < upper, for coefficients that are defined only there.
+
+    A kink (or a slope that becomes infinite, as that of u^(n − 1) at 0) inside a residual makes
+    its derivative at the solution meaningless; a smooth clip does not.
+
+    Args:
+        value: Any array.
+        lower: Where the clip begins, in its units.
+        upper: Where it ends, above `lower` by much more than `width`.
+        width: Size of the two regions in which it differs from the sharp clip, > 0.
+
+    Returns:
+        lower + p(value − lower) − p(value − upper) with p = `smooth_positive`.
+
+    Raises:
+        ValueError: `width` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxopt_ext import layers
+        >>> print(layers.smooth_clip(jnp.array([-9.0, 0.5, 9.0]), 0.0, 1.0, 1e-3).round(3))
+        [0.  0.5 1. ]
+    """
+    above = smooth_positive(value - lower, width) - smooth_positive(value - upper, width)
+    return above + lower

@@ -43,6 +43,67 @@ def test_divergence_free_projection():
     np.testing.assert_allclose(jnp.abs(divergence), 0, atol=1e-11)
 
 
+def test_several_conservation_laws_at_once():
+    rng = np.random.default_rng(0)
+    u, w, variance = (jnp.asarray(rng.uniform(0.5, 1.5, s)) for s in (20, (3, 20), 20))
+    v = layers.conserve(u, w, jnp.array([1.0, 2.0, 3.0]), variance)
+    np.testing.assert_allclose(w @ v, [1, 2, 3], rtol=1e-12)
+    free = jnp.asarray(rng.normal(size=20))
+    free = free - w.T @ jnp.linalg.solve(w @ w.T, w @ free)  # keeps all three
+    np.testing.assert_allclose(jnp.vdot(free, (v - u) / variance), 0, atol=1e-12)
+
+
+def test_operators_agree_with_nested_differentiation():
+    def potential(p):
+        return jnp.stack([jnp.sin(p[0] * p[1]), p[1] * p[2] ** 2, jnp.exp(p[0] - p[2])])
+
+    point = jnp.array([0.3, 0.7, -0.4])
+    jacobian = jax.jacfwd(potential)(point)
+    np.testing.assert_allclose(layers.divergence(potential)(point), jnp.trace(jacobian), rtol=1e-12)
+    rotation = [jacobian[2, 1] - jacobian[1, 2], jacobian[0, 2] - jacobian[2, 0],
+                jacobian[1, 0] - jacobian[0, 1]]  # fmt: skip
+    np.testing.assert_allclose(layers.curl(potential)(point), rotation, rtol=1e-12)
+    np.testing.assert_allclose(layers.divergence(layers.curl(potential))(point), 0, atol=1e-14)
+    hessian = jax.jacfwd(jax.jacfwd(potential))(point)
+    np.testing.assert_allclose(
+        layers.laplacian(potential)(point), jnp.trace(hessian, axis1=1, axis2=2), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        layers.laplacian(potential, axes=(1, 2))(point), hessian[:, 1, 1] + hessian[:, 2, 2],
+        rtol=1e-12,
+    )  # fmt: skip
+    plane = layers.curl(lambda p: jnp.sin(p[0]) * p[1] ** 3)
+    np.testing.assert_allclose(layers.divergence(plane)(point[:2]), 0, atol=1e-14)
+
+
+def test_boundary_rows_vanish_for_the_solution_that_they_describe():
+    def u(p):
+        return jnp.sin(2 * jnp.pi * p[0]) * jnp.exp(-p[1])
+
+    times = jnp.linspace(0.0, 1.0, 5)
+    left = jnp.stack([jnp.zeros(5), times], axis=1)
+    right, outward = left.at[:, 0].set(1.0), jnp.array([[1.0, 0.0]]) * jnp.ones((5, 1))
+    np.testing.assert_allclose(layers.dirichlet(u, right), 0, atol=1e-14)
+    slope = 2 * jnp.pi * jnp.exp(-times)
+    np.testing.assert_allclose(layers.neumann(u, right, outward, slope), 0, atol=1e-14)
+    np.testing.assert_allclose(
+        layers.neumann(lambda p: jnp.exp(-3 * p[0]), right, outward, robin=3.0), 0, atol=1e-14
+    )
+    rows = layers.periodic(u, left, right, order=2)
+    assert rows.shape == (3, 5)
+    np.testing.assert_allclose(rows, 0, atol=1e-12)
+    fixed = layers.with_values(u, lambda p: p[1], lambda p: p[0] * (1 - p[0]))
+    np.testing.assert_allclose(layers.dirichlet(fixed, left, times), 0, atol=1e-14)
+
+
+def test_smooth_clip_follows_the_sharp_one_and_has_a_bounded_derivative():
+    v = jnp.linspace(-1.0, 2.0, 61)
+    clipped = layers.smooth_clip(v, 0.0, 1.0, 1e-2)
+    assert float(jnp.max(jnp.abs(clipped - jnp.clip(v, 0, 1)))) <= 5.1e-3
+    slope = jax.vmap(jax.grad(lambda x: layers.smooth_clip(x, 0.0, 1.0, 1e-2)))(v)
+    assert bool(jnp.all((slope >= 0) & (slope <= 1)))
+
+
 def test_smooth_positive_part_and_bad_input():
     v = jnp.linspace(-2.0, 2.0, 41)
     assert float(jnp.max(jnp.abs(layers.smooth_positive(v, 0.1) - jnp.maximum(v, 0)))) <= 0.05
