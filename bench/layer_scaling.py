@@ -1,8 +1,9 @@
-"""How constraint layers scale: `python -m jaxopt_ext.bench.layer_scaling cost|slopes|memory|processes`.
+"""How constraint layers scale: `python -m jaxopt_ext.bench.layer_scaling TABLE`.
 
-Forward and backward pass of least-squares rows of u'' + a u = f with random tanh features, one
-parameter in front of them. Times are CPU times, the least of several runs, except for
-`processes`, which compares wall times and needs a quiet machine.
+TABLE is cost, slopes, memory or processes. Measured are forward and backward pass of least-squares
+rows of u'' + a u = f with random tanh features and one parameter in front of them. Times are CPU
+times, the least of several runs, except for `processes`, which compares wall times and needs a
+quiet machine.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def measure(total: int, n: int, experts: int, cubic: bool, backend: str) -> floa
 
 
 def cost() -> list[dict]:
-    """One global solve against eight experts, with as many functions in all and with as many each."""
+    """One global solve against eight experts: as many functions in all, and as many each."""
     rows = []
     for cubic, total, n in ((False, 8192, 64), (False, 8192, 128), (True, 8192, 64)):
         whole = measure(total, n, 1, cubic, "vmap")
@@ -210,8 +211,8 @@ def processes() -> list[dict]:
             )
             for i, own in enumerate(cores)
         ]  # fmt: skip
-        output = [process.communicate()[0] for process in running][0]
-        line = next(line for line in output.splitlines() if line.startswith("RESULT"))
+        outputs = [process.communicate()[0] for process in running]
+        line = next(line for line in outputs[0].splitlines() if line.startswith("RESULT"))
         seconds, value, gradient = json.loads(line.removeprefix("RESULT"))
         rows.append({"case": name, "wall s": seconds, "loss": value, "gradient": gradient})
     for row in rows:

@@ -15,6 +15,10 @@ from jaxopt_ext.core import check
 def derivative(fun: Callable[[Array], Array], axis: int = 0, order: int = 1) -> Callable:
     """The partial derivative of a function of a point, in forward mode.
 
+    Orders above one are nested. Taylor mode (`jax.experimental.jet`) was measured against it on a
+    tanh network with two inputs and 16 outputs at 2000 points: orders 2, 3, 4 took it 2.3, 2.8 and
+    2.0 times as long to run and twice as long to compile, so it is not used.
+
     Args:
         fun: u(point) → array, e.g. the values of all basis functions there; point is a vector.
         axis: Along which coordinate.

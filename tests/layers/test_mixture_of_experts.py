@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_ext import layers, solvers
+from jaxopt_ext import RESULTS, layers, solvers
 
 _spec = importlib.util.spec_from_file_location(
     "problems_of_layers", pathlib.Path(__file__).with_name("problems.py")
@@ -144,6 +144,24 @@ def test_one_bad_expert_leaves_the_others_intact(kind):
     np.testing.assert_allclose(jnp.stack(gradient), clean[1], rtol=1e-10)
 
 
+def test_order_of_experts_does_not_matter_and_one_is_the_layer_itself():
+    experts = jax.jit(layers.MixtureOfExperts(constraint("linear")))
+    shared, order = problems.parameters(), jnp.array([2, 0, 1])
+    found = experts(START[:3], LOCAL[:3], shared)
+    moved = experts(START[:3], LOCAL[:3][order], shared)
+    np.testing.assert_allclose(moved.value, found.value[order], rtol=1e-12)
+    alone = constraint("linear")(START[0], (LOCAL[0], shared))
+    np.testing.assert_allclose(found.value[0], alone.value, rtol=1e-12)
+
+
+def test_an_expert_that_did_not_converge_passes_no_derivative():
+    hasty = layers.HardConstraint(nonlinear, ridge=RIDGE, max_steps=1)
+    value, gradient, found = value_and_grad(layers.MixtureOfExperts(hasty), LOCAL[:2], START[:2])
+    assert not bool(jnp.any(found.report.ok)) and bool(jnp.isfinite(value))
+    assert bool(jnp.all(found.report.result == RESULTS.max_steps_reached))
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_starved_and_empty_experts_are_named_and_finite():
     layer = layers.MixtureOfExperts(constraint("linear"))
     counts = jnp.array([CAPACITY, 2, 0])
@@ -183,6 +201,40 @@ def test_boxes_assign_group_and_merge_every_point():
     for k, (index, mask) in enumerate(zip(wide.index, wide.mask, strict=True)):
         inside[k, np.asarray(index)[np.asarray(mask)]] = True
     assert np.all(inside.T[np.asarray(weights) > 1e-12])
+
+
+@pytest.mark.parametrize("splits", [(3, 1), (1, 4), (3, 4)])
+def test_slabs_of_time_or_space_need_not_divide_the_grid(splits):
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(10.0), jnp.arange(7.0), indexing="ij"), -1)
+    points = grid.reshape(-1, 2)
+    groups = layers.BoxPartition((0.0, 0.0), (9.0, 6.0), splits).group(points)
+    np.testing.assert_array_equal(groups.merge(groups.split(points)), points)
+    counts = np.asarray(groups.mask.sum(axis=1))
+    assert counts.sum() == 70 and counts.max() == groups.mask.shape[1] and counts.min() < 70 // 3
+
+
+def test_labels_and_random_groups_cover_every_point_once():
+    labels = jnp.array([2, 0, -1, 2, 2])
+    groups = layers.group_by_label(labels, 3)
+    assert groups.mask.sum(axis=1).tolist() == [1, 0, 3]
+    merged = groups.merge(groups.split(jnp.arange(5.0)))
+    np.testing.assert_array_equal(merged, [0, 1, np.nan, 3, 4])
+    chance = jax.jit(lambda key: layers.group_randomly(key, 11, 4))(jax.random.key(1))
+    assert sorted(chance.mask.sum(axis=1).tolist()) == [2, 3, 3, 3]
+    np.testing.assert_array_equal(chance.merge(chance.split(jnp.arange(11.0))), jnp.arange(11))
+
+
+def test_overlapping_faces_are_the_boundary_of_one_box_inside_the_other():
+    boxes = layers.BoxPartition((0.0, 0.0), (1.0, 3.0), (2, 3))
+    pairs, places, normals = boxes.interfaces(points=2, overlap=0.3)
+    assert len(pairs) == 2 * 7 and places.shape == (14, 2, 2)
+    low, high = boxes.corners()
+    size = high[0] - low[0]
+    for (owner, other), face, axis in zip(pairs, places, normals, strict=True):
+        up = low[other, axis] > low[owner, axis]
+        edge = high[owner, axis] + 0.3 * size[axis] if up else low[owner, axis] - 0.3 * size[axis]
+        np.testing.assert_allclose(face[:, axis], edge)
+        assert np.all((face > low[other]) & (face < high[other]))
 
 
 def test_interfaces_lie_between_their_two_boxes():

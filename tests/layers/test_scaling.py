@@ -1,0 +1,22 @@
+"""Memory per device, and the program that measures how layers scale."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_ext.bench import layer_scaling
+
+
+def test_memory_per_device_falls_with_the_number_of_devices():
+    alone, spread = (layer_scaling.temporary_bytes(8, d, False, total=4096) for d in (1, 8))
+    assert spread * 8 <= 1.1 * alone
+
+
+def test_measured_step_has_the_derivative_of_its_loss():
+    n, experts = 6, 2
+    layer = layer_scaling.layer_of(n, False, "map")
+    step = layer_scaling.step_of(layer, n)
+    args = jnp.zeros((experts, n)), layer_scaling.points_of(64, experts)
+    (_, _), gradient = step(jnp.asarray(1.0), *args)
+    h = 1e-5
+    up, down = (step(jnp.asarray(1.0 + s), *args)[0][0] for s in (h, -h))
+    np.testing.assert_allclose(gradient, (up - down) / (2 * h), rtol=1e-6)
