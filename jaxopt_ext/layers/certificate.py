@@ -13,7 +13,7 @@ from jaxopt_ext.core import tree
 from jaxopt_ext.core.result import result_names
 from jaxopt_ext.implicit.hoist import strong
 from jaxopt_ext.layers.audit import Audit
-from jaxopt_ext.layers.coupling import Interface, traces
+from jaxopt_ext.layers.coupling import Interface, Schwarz, traces
 from jaxopt_ext.layers.hard_constraint import Constrained, HardConstraint
 from jaxopt_ext.layers.mixture_of_experts import Mixture, MixtureOfExperts
 from jaxopt_ext.layers.report import ConstraintReport, status_names
@@ -160,46 +160,41 @@ def certify(
     key = jax.random.key(0) if key is None else key
     of_adjoint, of_direction, of_weights = jax.random.split(key, 3)
     jumps = {}
+    held = None
     if isinstance(layer, HardConstraint):
         found, audit = layer.solve(init, args, mask, of_adjoint)
-        held = None if held_out is None else layer.check(found.value, held_out, held_out_mask)
-
-        def value_at(args):
-            return layer(init, args, mask).value
-
+        if held_out is not None:
+            held = layer.check(found.value, held_out, held_out_mask)
+        value_at, moving = (lambda args: layer(init, args, mask).value), args
     elif isinstance(layer, MixtureOfExperts):
         if not (isinstance(args, tuple) and len(args) == 2):
             raise ValueError(
                 f"certify: args is {tree.describe(args)}, expected a pair (local, shared)"
             )
-        local, shared = args
-        coupling = layer.coupling
+        local, moving = args
+        shared, coupling = moving, layer.coupling
         given = faces if coupling is not None else None
         found, audit = layer.solve(init, local, shared, mask, given, of_adjoint)
-        held = None
         if held_out is not None:
             held = layer.check(found.value, held_out, shared, held_out_mask)
         interface = coupling if isinstance(coupling, Interface) else interface
         if interface is not None:
             jumps = interface.jumps(found.value, faces, shared, found.report.ok)
-        elif hasattr(coupling, "pairs"):
+        elif isinstance(coupling, Schwarz):
             pairs = np.asarray(coupling.pairs)
             sides = [
                 traces(coupling.trace, found.value, faces, shared, pairs[:, s]) for s in (0, 1)
             ]
             jumps = jax.tree.map(jnp.subtract, *sides)
         jumps = {b: jnp.max(jnp.abs(v), initial=0) for b, v in jumps.items()}
-
-        def value_at(shared):
-            return layer(init, local, shared, mask, given).value
-
-        args = shared
+        value_at = lambda shared: layer(init, local, shared, mask, given).value  # noqa: E731
     else:
         raise TypeError(
             f"certify: layer is a {type(layer).__name__}, expected HardConstraint(...) or "
             "MixtureOfExperts(...)"
         )
-    error = _derivative_error(value_at, args, found.value, of_direction, of_weights)
+    assert audit is not None  # a key was given
+    error = _derivative_error(value_at, moving, found.value, of_direction, of_weights)
     return implicit.detach(Certificate(found, held, jumps, audit, error))
 
 

@@ -220,6 +220,7 @@ def _ridge(args: _Coupled):
 
 def _weighted_jumps(value, args: _Coupled):
     good = args.experts.ok
+    assert isinstance(args.coupling, Interface)
     value = jax.vmap(gate)(good, value)
     jumps = args.coupling.jumps(value, args.faces, args.shared, good)
     weights = args.coupling.weights or {}
@@ -401,12 +402,9 @@ def solve_in_turn(
         at_zero = jax.tree.map(jnp.zeros_like, first)
         base, push = jax.linearize(lambda given: sweep(start, given)[0], at_zero)
 
-        def next_value(value, given):
-            return jax.tree.map(jnp.add, base, push(given))
+        next_value = lambda _, given: jax.tree.map(jnp.add, base, push(given))  # noqa: E731
     else:
-
-        def next_value(value, given):
-            return sweep(value, given)[0]
+        next_value = lambda value, given: sweep(value, given)[0]  # noqa: E731
 
     tolerance = coupling.tolerance
     tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3) if tolerance is None else tolerance

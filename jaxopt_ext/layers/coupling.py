@@ -1,6 +1,7 @@
 """How experts are made to agree: rows on faces, alternating solves, or one blended field."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,6 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxopt_ext.core import check
 from jaxopt_ext.core.solver import Number
 from jaxopt_ext.layers.hard_constraint import named
+
+
+def _rows_of_numbers(pairs: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(i) for i in pair) for pair in pairs)
 
 
 class Interface(eqx.Module):
@@ -93,9 +98,7 @@ class Schwarz(eqx.Module):
     """
 
     trace: Callable
-    pairs: tuple[tuple[int, int], ...] = eqx.field(
-        static=True, converter=lambda p: tuple(tuple(int(i) for i in pair) for pair in p)
-    )
+    pairs: tuple[tuple[int, ...], ...] = eqx.field(static=True, converter=_rows_of_numbers)
     weights: dict[str, Number] | None = None
     max_sweeps: int = eqx.field(static=True, default=200, kw_only=True)
     tolerance: Number | None = eqx.field(default=None, kw_only=True)
@@ -183,7 +186,8 @@ def soft_gates(
         >>> print(gates)
         [0.5 0.5]
     """
-    away = (point[None, :] - centres) / jnp.asarray(widths, point.dtype)
+    widths = jnp.broadcast_to(jnp.asarray(widths, point.dtype), centres.shape)
+    away = (point[None, :] - centres) / widths
     return jax.nn.softmax(jnp.asarray(offsets, point.dtype) - jnp.sum(away**2, axis=1) / 2)
 
 
@@ -211,7 +215,7 @@ def imbalance(weights: Float[Array, "points experts"]) -> Float[Array, ""]:
     return share.size * jnp.sum(share**2) / jnp.sum(share) ** 2
 
 
-def traces(trace: Callable, value: PyTree, faces: PyTree, shared: PyTree, of: Array) -> dict:
+def traces(trace: Callable, value: PyTree, faces: PyTree, shared: PyTree, of: Any) -> dict:
     """The traces on all faces by block, `of` numbering the expert whose trace is meant."""
     own = jax.tree.map(lambda v: v[of], value)
     return named(jax.vmap(lambda v, face: trace(v, (face, shared)))(own, faces))

@@ -246,7 +246,7 @@ class MixtureOfExperts(eqx.Module):
             def spread(one, each, shared):
                 return self._spread(one, experts, each, shared)
 
-            found = solve_in_turn(self.constraint, coupling, spread, *inputs, key)
+            found = solve_in_turn(self.constraint, coupling, spread, *inputs, key=key)
         else:
-            found = solve_together(self.constraint, coupling, *inputs, key)
+            found = solve_together(self.constraint, coupling, *inputs, key=key)
         return Mixture(found.value, found.report), found.audit

@@ -286,8 +286,10 @@ def conserve(
         [1.5 2.5]
     """
     for name, other in (("weights", weights), ("variance", variance)):
+        if other is None:
+            continue
         points = jnp.shape(other)[-1:] if name == "weights" else jnp.shape(other)
-        if other is not None and points != jnp.shape(field):
+        if points != jnp.shape(field):
             raise ValueError(
                 f"conserve: {name} has shape {list(jnp.shape(other))}, expected "
                 f"{list(jnp.shape(field))} as the field"
