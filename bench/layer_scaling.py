@@ -29,8 +29,9 @@ def features(theta, x, n):
     """Values and second derivatives of n features at the points x, the same for every expert."""
     random = np.random.default_rng(0)
     slopes = theta * jnp.asarray(random.uniform(4, 14, n) * random.choice([-1, 1], n))
-    t = jnp.tanh(x[:, None] * slopes - slopes * jnp.asarray(random.random(n)))
-    return t, -2 * t * (1 - t**2) * slopes**2
+    shifts = slopes * jnp.asarray(random.random(n))
+    t = jnp.tanh(x[:, None] * slopes[None, :] - shifts[None, :])
+    return t, -2 * t * (1 - t**2) * slopes[None, :] ** 2
 
 
 def residual_of(n: int, cubic: bool):

@@ -43,10 +43,11 @@ class Projection(eqx.Module):
         >>> import jax, jax.numpy as jnp
         >>> from jaxopt_ext import layers
         >>> simplex = layers.Projection(lambda z, args: jnp.sum(z) - 1.0, lower=0.0)
-        >>> print(jnp.round(simplex(jnp.array([0.9, 0.5, -0.3])).value, 3))
-        [0.7 0.3 0. ]
+        >>> nearest = simplex(jnp.array([0.9, 0.5, -0.3])).value
+        >>> bool(jnp.max(jnp.abs(nearest - jnp.array([0.7, 0.3, 0.0]))) < 1e-3)
+        True
         >>> mean = layers.Projection(lambda z, total: jnp.sum(z) - total, linear=True)
-        >>> print(mean(jnp.array([1.0, 2.0]), 5.0).value)
+        >>> print(mean(jnp.array([1.0, 2.0]), 5.0).value.round())
         [2. 3.]
     """
 

@@ -79,7 +79,12 @@ def test_jumps_are_measured_whether_or_not_experts_are_coupled(coupling):
         "interface": interface,
         "schwarz": layers.Schwarz(trace, PAIRS, {"value": 30.0}),  # each takes from the next
     }
-    layer = layers.MixtureOfExperts(constraint, pairs[coupling])
+    mesh = jax.make_mesh(
+        (2,), ("experts",), devices=jax.devices()[:2],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )  # fmt: skip
+    mesh = mesh if coupling == "none" else None
+    layer = layers.MixtureOfExperts(constraint, pairs[coupling], mesh=mesh)
     certificate = jax.jit(lambda theta: layers.certify(
         layer, jnp.zeros((EXPERTS, N)), (X, theta), faces=FACES,
         interface=interface if coupling == "none" else None,
