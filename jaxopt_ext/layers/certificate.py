@@ -63,8 +63,15 @@ class Certificate(eqx.Module):
 
     @property
     def trustworthy(self) -> Bool[Array, ""]:
-        """No expert failed, the derivative's systems are solved, no point is a saddle."""
-        ok = jnp.all(self.report.ok) & jnp.all(self.audit.adjoint_residual <= 1e-4)
+        """No expert failed, the derivative's systems are solved, no point is a saddle.
+
+        An adjoint residual up to 1e-4 is accepted, and up to 0.1 where rounding explains it: even an
+        exact answer has about eps / conditioning.
+        """
+        residual = self.audit.adjoint_residual
+        rounding = 10 * jnp.finfo(residual.dtype).eps / self.audit.conditioning
+        ok = jnp.all(self.report.ok)
+        ok &= jnp.all(residual <= jnp.clip(rounding, 1e-4, 0.1))
         ok &= ~jnp.any(self.audit.lowest_curvature < 0)
         if self.derivative_error is not None:
             ok &= self.derivative_error <= 1e-2
