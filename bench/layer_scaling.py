@@ -148,16 +148,17 @@ def temporary_bytes(experts: int, devices: int, cubic: bool, total: int = 8192, 
 
 
 def memory() -> list[dict]:
-    """Eight experts on 1, 2, 4, 8 devices."""
+    """The same points divided among K experts on K devices, and all of 8 experts on fewer."""
     rows = []
     for cubic in (False, True):
-        alone = temporary_bytes(8, 1, cubic)
-        for devices in (1, 2, 4, 8):
-            size = temporary_bytes(8, devices, cubic)
+        whole = temporary_bytes(1, 1, cubic)
+        for experts, devices in ((1, 1), (2, 2), (4, 4), (8, 8), (8, 1), (8, 4)):
+            size = temporary_bytes(experts, devices, cubic)
             rows.append(
                 {
-                    "nonlinear": cubic, "devices": devices, "bytes per device": size,
-                    "times devices, relative to one": size * devices / alone,
+                    "nonlinear": cubic, "experts": experts, "devices": devices,
+                    "bytes per device": size,
+                    "times devices, relative to one expert": size * devices / whole,
                 }
             )  # fmt: skip
     return rows

@@ -65,7 +65,7 @@ class Certificate(eqx.Module):
     def trustworthy(self) -> Bool[Array, ""]:
         """No expert failed, the derivative's systems are solved, no point is a saddle.
 
-        An adjoint residual up to 1e-4 is accepted, and up to 0.1 where rounding explains it: even an
+        An adjoint residual up to 1e-4 is accepted, up to 0.1 where rounding explains it: even an
         exact answer has about eps / conditioning.
         """
         residual = self.audit.adjoint_residual
