@@ -78,8 +78,8 @@ class Method(NamedTuple):
         init: (w, batch, rate) → state.
         step: (state, batch) → state; asks the oracle once.
         point: state → the newest iterate.
-        rates: Settings to be tried; the one with the least final objective counts. Empty for a
-            method that is not tuned.
+        rates: Settings to be tried; the one that is solved first counts, else the one with the
+            least final objective. Empty for a method that is not tuned.
         further: state → what it says of its evaluations, by kind.
     """
 
@@ -91,7 +91,10 @@ class Method(NamedTuple):
 
 
 def linear(w, data):
-    """Scores xᵀw."""
+    """Scores xᵀw; of sparse rows, where X is a pair of values and their columns."""
+    if isinstance(data["X"], tuple):
+        values, columns = data["X"]
+        return jnp.sum(values * w[columns], axis=1)
     return data["X"] @ w
 
 
@@ -113,6 +116,13 @@ def _matrix(name: str) -> tuple[np.ndarray, np.ndarray]:
     X = loaded.features.dense() if isinstance(loaded.features, datasets.CSR) else loaded.features
     X = np.asarray(X)[:, np.any(X != 0, axis=0)]  # columns without entries say nothing
     return np.column_stack([X, np.ones(len(X))]), (np.asarray(loaded.labels) > 0).astype(float)
+
+
+def _sparse(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The stored values of each row and their columns, filled up with zeros to the longest."""
+    length = int(np.max(np.sum(X != 0, axis=1)))
+    columns = np.argsort(X == 0, axis=1, kind="stable")[:, :length]
+    return np.take_along_axis(X, columns, axis=1), columns.astype(np.int32)
 
 
 def _least(loss: str, X: np.ndarray, y: np.ndarray) -> float | None:
@@ -160,7 +170,7 @@ def classification(loss: str, name: str, batch: int | None, calls: int) -> Super
         loss=fun,
         model=linear,
         init=np.zeros(X.shape[1]),
-        data={"X": X, "y": y},
+        data={"X": _sparse(X) if X.shape[1] > len(X) else X, "y": y},
         batch=size,
         smoothness=smoothness,
         optimum=_least(loss, X, y),

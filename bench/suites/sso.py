@@ -1,6 +1,6 @@
 """Stochastic methods on losses of a model's output, against the number of oracle calls."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import jaxopt_ext as jx
 from jaxopt_ext import solvers
 from jaxopt_ext.bench.contender import OURS, Budget, Contender, cast
 from jaxopt_ext.bench.measure import built, digest, repeated, timed
+from jaxopt_ext.bench.peers.optax import RATES
 from jaxopt_ext.bench.problem import Entry
 from jaxopt_ext.bench.problems import supervised
 from jaxopt_ext.bench.problems.supervised import Method, Supervised
@@ -61,6 +62,72 @@ def surrogate(steps: int, decaying: bool = False):
     return make
 
 
+def svrg(problem: Supervised, budget: Budget) -> Method:
+    """SVRG: minibatch gradients, corrected by a full gradient at a snapshot.
+
+    An epoch begins with the full gradient, which costs as many oracle calls as there are
+    minibatches, and has as many steps of two calls each: at the newest point and at the snapshot.
+    Calls that belong to work already done let the state as it is, so that a round of the suite is
+    one call for everybody.
+
+    Args:
+        problem: The problem.
+        budget: Not used.
+
+    Returns:
+        The method; its step size is a number of the grid.
+
+    Reference:
+        Johnson, Zhang, "Accelerating stochastic gradient descent using predictive variance
+        reduction", NeurIPS 2013.
+    """
+    steps = -(-problem.samples // problem.batch)
+    slope = jax.grad(problem.fun)
+
+    def init(w, batch, rate):
+        return {"w": w, "snapshot": w, "full": w, "calls": jnp.zeros((), jnp.int32), "rate": rate}
+
+    def step(state, batch):
+        place = state["calls"] % (3 * steps)
+
+        def look(state):
+            data = cast(problem.data, str(state["rate"].dtype))
+            return state | {"snapshot": state["w"], "full": slope(state["w"], data)}
+
+        def move(state):
+            gradients = (slope(state["w"], batch), slope(state["snapshot"], batch), state["full"])
+            return state | {
+                "w": jax.tree.map(
+                    lambda w, new, old, full: w - state["rate"] * (new - old + full),
+                    state["w"],
+                    *gradients,
+                )
+            }
+
+        moves = (place >= steps) & ((place - steps) % 2 == 0)
+        kind = jnp.where(place == 0, 0, jnp.where(moves, 1, 2))
+        state = jax.lax.switch(kind, (look, move, lambda state: state), state)
+        return state | {"calls": state["calls"] + 1}
+
+    return Method(init, step, lambda state: state["w"], RATES)
+
+
+class Curve(NamedTuple):
+    """A run of a method.
+
+    Attributes:
+        state: The last state.
+        seen: After how many oracle calls which objective and gradient norm over all samples.
+        cpu: CPU seconds of the calls, without the looks.
+        wall: Wall seconds of the same.
+    """
+
+    state: Any
+    seen: list[tuple[int, float, float]]
+    cpu: float
+    wall: float
+
+
 class _Run:
     """A method on a problem: minibatches drawn beforehand, the same for every contender."""
 
@@ -107,14 +174,20 @@ class _Run:
         """Of the variables."""
         return jax.tree.leaves(self.start)[0].dtype
 
-    def curve(self, rate: float) -> tuple[Any, list[tuple[int, float, float]]]:
-        """The last state, and after how many oracle calls which objective and gradient."""
-        state, seen, points = self.first(rate), [], self.checkpoints()
+    def curve(self, rate: float) -> Curve:
+        """A run with a look at each checkpoint."""
+        state, points = self.first(rate), self.checkpoints()
+        seen, cpu, wall = [], 0.0, 0.0
         for low, high in zip([0, *points], points, strict=False):
-            state = self.advance(state, self.data, self.rows, low, high)
+            state, seconds, clock = timed(
+                lambda state=state, low=low, high=high: jax.block_until_ready(
+                    self.advance(state, self.data, self.rows, low, high)
+                )
+            )
+            cpu, wall = cpu + seconds, wall + clock
             value, gradient = self.judge(state, self.data)
             seen.append((high, float(value), float(gradient)))
-        return state, seen
+        return Curve(state, seen, cpu, wall)
 
     def checkpoints(self) -> list[int]:
         """Numbers of oracle calls, evenly spaced in the logarithm."""
@@ -140,14 +213,14 @@ def execute(row: Row, entry: Entry, contender: Contender, task: Task) -> None:
     row.f0, row.f_star = float(jax.jit(problem.fun)(run.start, run.data)), problem.optimum
 
     def standing(rate):  # the earliest to be solved, then the lowest
-        seen = curves[rate][1]
+        seen = curves[rate].seen
         value = seen[-1][1] if np.isfinite(seen[-1][1]) else np.inf
         solved = _solved(row, seen) if value < np.inf and problem.cost is None else None
         return (np.inf if solved is None else solved), value
 
     rate = min(curves, key=standing)
-    state, seen = curves[rate]
-    row.run_cpu_s, row.run_wall_s = repeated(lambda: run.go(rate, problem.calls), task.repeats)
+    state, seen, *seconds = curves[rate]
+    row.run_cpu_s, row.run_wall_s = ([spent] for spent in seconds)
     row.f, row.grad_norm = seen[-1][1], seen[-1][2]
     row.x_hash = digest(jnp.concatenate([x.ravel() for x in jax.tree.leaves(method.point(state))]))
     row.iterations = problem.calls
@@ -158,6 +231,7 @@ def execute(row: Row, entry: Entry, contender: Contender, task: Task) -> None:
     best = np.minimum.accumulate([row.f0, *(value for _, value, _ in seen)])
     row.history = {"work": [0.0, *(float(calls) for calls, _, _ in seen)], "f": best.tolist()}
     if problem.cost is not None:
+        row.run_cpu_s, row.run_wall_s = repeated(lambda: run.go(rate, problem.calls), task.repeats)
         row.extras["seconds_per_update"] = min(row.run_cpu_s) / problem.calls
         row.status = "ok"
         return
@@ -203,9 +277,9 @@ SUITE = Suite(
     title="Expensive oracles: target-based surrogates",
     summary="Linear models and a linear network in minibatches, the same for all contenders. Work "
     "is the number of oracle calls (value and gradient of the loss of a minibatch as a function of "
-    "the model's output). SSO has η = 1/L everywhere and nothing is tuned; SGD, Adam, AdaGrad and "
-    "the line search are run with each step size of a grid, and the one that solves the problem "
-    "with the fewest calls is shown. Evaluations of the model, and the values that line searches "
+    "the model's output). SSO has η = 1/L everywhere and nothing is tuned; SGD, Adam, AdaGrad, SVRG "
+    "and the line search are run with each step size of a grid, and the one that solves the "
+    "problem with the fewest calls is shown. Evaluations of the model, and the values that line searches "
     "need, are not counted. Solved: the objective over all samples is within 1 % of the initial "
     "gap to the least one, from then on. On the problems `cost-…` the oracle repeats work without "
     "effect, to measure what an update costs.",
@@ -213,5 +287,10 @@ SUITE = Suite(
     kinds=(supervised.KIND,),
     execute=execute,
     seeds=3,
-    own=(*(_contender(m) for m in INNER_STEPS), _contender(10, True), _contender(100, True)),
+    own=(
+        *(_contender(m) for m in INNER_STEPS),
+        _contender(10, True),
+        _contender(100, True),
+        Contender("reference", "SVRG", (supervised.KIND,), svrg, random=True),
+    ),
 )
