@@ -11,11 +11,12 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxopt_ext.bench import profiles
+from jaxopt_ext.bench.contender import OURS
 from jaxopt_ext.bench.profiles import Case
 from jaxopt_ext.bench.record import Row
 
@@ -409,6 +410,58 @@ def _convergence(
     ends = "; ".join(f"{c} {curves[c][1].min():.1e}" for c in shown)
     label = f"{case.problem}: gap of the objective against {against}; least gap: {ends}{note}."
     return _draw(name, label, paint, len(shown), left=0.62)
+
+
+class Spread(NamedTuple):
+    """A curve over several seeds.
+
+    Attributes:
+        x: Abscissae, positive.
+        low: The least of the seeds.
+        middle: Their median.
+        high: The largest.
+    """
+
+    x: np.ndarray
+    low: np.ndarray
+    middle: np.ndarray
+    high: np.ndarray
+
+
+def spread_figure(
+    name: str, title: str, x: str, y: str, curves: Mapping[str, Spread], ours: Sequence[str]
+) -> str:
+    """Medians over seeds with the range of the seeds as a band, both axes logarithmic.
+
+    Args:
+        name: Name of the figure.
+        title: Its title.
+        x: What the abscissa is.
+        y: What the ordinate is.
+        curves: The curves by label.
+        ours: The labels that belong to this library.
+
+    Returns:
+        SVG text.
+    """
+    looks = styles([f"{OURS} {label}" if label in ours else label for label in curves])
+
+    def paint(axes: "Axes") -> None:
+        for i, (label, look) in enumerate(zip(curves, looks.values(), strict=True)):
+            curve = curves[label]
+            every = max(len(curve.x) // 5, 1)
+            axes.fill_between(curve.x, curve.low, curve.high, color=look["color"], alpha=0.12, lw=0)
+            look = {**look, "markevery": (i % every, every)}
+            axes.plot(curve.x, curve.middle, label=_short(label), **look)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_title(_short(title, 50), loc="left")
+
+    ends = "; ".join(f"{label} {curve.middle[-1]:.1e}" for label, curve in curves.items())
+    text = f"{title}: {y} against {x}; at the end: {ends}."
+    return _draw(name, text, paint, len(curves), left=0.62)
 
 
 def ratio_figure(rows: Sequence[Row], cost: str = "work") -> dict[str, str]:

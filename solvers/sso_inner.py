@@ -27,7 +27,7 @@ class Inner(NamedTuple):
     Attributes:
         value: Where it ended.
         memory: For its next run.
-        models: Evaluations of the model.
+        models: Evaluations of the model; a product with its Jacobian counts as one.
         gradients: Gradients of the surrogate, each of them with an evaluation of the model.
         linear_solves: Linear systems solved.
     """
@@ -271,16 +271,19 @@ class OptaxSteps(InnerSolver):
             return surrogate.at(surrogate.model(point, surrogate.args))
 
         def going(carry):
-            *_, squared, steps = carry
+            *_, squared, steps, _ = carry
             return (squared > enough) & (squared > 0) & (steps < limit)
 
         def body(carry):
-            point, now, slope, state, best, squared, steps = carry
+            point, now, slope, state, best, squared, steps, trials = carry
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 update, state = optimizer.update(
                     slope, state, point, value=now, grad=slope, value_fn=objective
                 )
             update = jax.tree.map(lambda u, y: u.astype(y.dtype), update, point)
+            # a line search of optax evaluates the surrogate too, and says how often
+            found = optax.tree.get_all_with_path(state, "num_linesearch_steps")
+            trials += sum((number.astype(zero.dtype) for _, number in found), zero)
             point = optax.apply_updates(point, update)
             now, slope = surrogate.value_and_grad(point)
             squared = dot(slope, slope, dtype)
@@ -288,13 +291,13 @@ class OptaxSteps(InnerSolver):
             drowned = (now <= least + noise) & (squared <= flattest)
             best = tree.where((now < least - noise) | drowned, (point, now, squared), best)
             squared = jnp.where(jnp.isfinite(squared), squared, 0)  # ends the loop
-            return point, now, slope, state, best, squared, steps + 1
+            return point, now, slope, state, best, squared, steps + 1, trials
 
         none = jnp.zeros((), dtype)
         best = (value, none, start)
-        carry = (value, none, gradient, optimizer.init(value), best, start, zero)
-        *_, (best, _, _), _, steps = jax.lax.while_loop(going, body, carry)
-        return _result(best, memory, steps, steps)
+        carry = (value, none, gradient, optimizer.init(value), best, start, zero, zero)
+        *_, (best, _, _), _, steps, trials = jax.lax.while_loop(going, body, carry)
+        return _result(best, memory, steps + trials, steps)
 
 
 class _SurrogateLoss(eqx.Module):
@@ -381,7 +384,11 @@ class Subsolver(InnerSolver):
         better = info.objective <= surrogate.noise  # False for NaN
         best = tree.where(better, state.value, value)
         counts = info.counts
-        return _result(best, memory, counts.value, counts.gradient, counts.linear_solve)
+        # a dense Jacobian by its shorter side, a product of a Gauss-Newton matrix by two of it
+        targets = sum(leaf.size for leaf in jax.tree.leaves(surrogate.target))
+        dense = min(targets, sum(leaf.size for leaf in jax.tree.leaves(value)))
+        models = counts.value + dense * counts.hessian + 2 * counts.hvp
+        return _result(best, memory, models, counts.gradient, counts.linear_solve)
 
     @eqx.filter_jit
     def _step(self, problem, args, state):

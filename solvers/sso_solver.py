@@ -91,7 +91,8 @@ class SSOState(eqx.Module):
         inner: What the inner solver remembers.
         evaluated: Whether `value` has been evaluated (not before the first step).
         idle: Accepted steps in a row without any progress.
-        model_evaluations: Evaluations of the model so far.
+        model_evaluations: Evaluations of the model so far; a product with its Jacobian counts as
+            one.
         surrogate_gradients: Gradients of surrogates so far.
         counts: Other evaluations so far: `oracle` for values and gradients of the loss, `value`
             for values alone, `linear_solve`.

@@ -154,7 +154,8 @@ class StochasticSSOState(eqx.Module):
         key: Data of the random key; empty without one.
         steps: Steps so far.
         evaluated: Whether `value` has been evaluated (not before the first step).
-        model_evaluations: Evaluations of the model so far.
+        model_evaluations: Evaluations of the model so far; a product with its Jacobian counts as
+            one.
         surrogate_gradients: Gradients of surrogates so far.
         counts: Other evaluations so far: `oracle` for values and gradients of the loss, `value`
             for values alone, `linear_solve`.

@@ -277,12 +277,12 @@ SUITE = Suite(
     title="Expensive oracles: target-based surrogates",
     summary="Linear models and a linear network in minibatches, the same for all contenders. Work "
     "is the number of oracle calls (value and gradient of the loss of a minibatch as a function of "
-    "the model's output). SSO has η = 1/L everywhere and nothing is tuned; SGD, Adam, AdaGrad, SVRG "
-    "and the line search are run with each step size of a grid, and the one that solves the "
-    "problem with the fewest calls is shown. Evaluations of the model, and the values that line searches "
-    "need, are not counted. Solved: the objective over all samples is within 1 % of the initial "
-    "gap to the least one, from then on. On the problems `cost-…` the oracle repeats work without "
-    "effect, to measure what an update costs.",
+    "the model's output). SSO has η = 1/L everywhere and nothing is tuned; SGD, Adam, AdaGrad, "
+    "SVRG and the line search are run with each step size of a grid, and the one that solves the "
+    "problem with the fewest calls is shown. Evaluations of the model, and the values that line "
+    "searches need, are not counted. Solved: the objective over all samples is within 1 % of the "
+    "initial gap to the least one, from then on. On the problems `cost-…` the oracle repeats work "
+    "without effect, to measure what an update costs.",
     entries=supervised.entries,
     kinds=(supervised.KIND,),
     execute=execute,

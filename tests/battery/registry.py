@@ -96,6 +96,25 @@ LEAST_SQUARES = Home(
     lambda args: args / 5,
 )
 
+# Six equations in two unknowns that agree, two of them at a time: a stochastic method ends at the
+# solution.
+AGREEING = Home(
+    "agreeing",
+    solvers.sso.Minibatches(
+        jx.ComposedMinimization(
+            loss=lambda z, args: jnp.mean((z - args["X"] @ jnp.ones(2, z.dtype)) ** 2) / 2,
+            model=lambda y, args: args["X"] @ (args["scale"][0] * y),
+        ),
+        2,
+    ),
+    lambda dtype: jnp.zeros(2, dtype),
+    lambda dtype: {
+        "X": _design(dtype)[:6, :2],
+        "scale": jnp.full((6, 2), jnp.array([2.0, 0.5], dtype)),
+    },
+    lambda args: 1 / args["scale"][0],
+)
+
 # Nearest points of a plane, and of a box with active and inactive bounds.
 PLANE = Home(
     "plane",
@@ -168,7 +187,7 @@ class Entry:
     and derivatives apply, for a `Bilevel` with args of shape (3,) also those that need no function
     of one array. `variant` names a choice of `settings`. A `brief` entry differs from
     another one by a setting only, and takes the tests in which that could matter; set
-    JAXOPT_EXT_FULL_BATTERY=1 to give it all of them.
+    JAXOPT_EXT_FULL_BATTERY=1 to give it all of them. `options` are passed to `solve`.
     """
 
     make: Callable[..., jx.AbstractSolver]
@@ -177,6 +196,7 @@ class Entry:
     variant: str = ""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     brief: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def solver(self, **more: Any) -> jx.AbstractSolver:
         return self.make(**(self.settings | more))
@@ -253,6 +273,13 @@ REGISTRY = (
     Entry(solvers.CubicNewton, (RIDGE,), number=("radius", 0.5), brief=True),
     Entry(solvers.GradientMethod, (COSH,), number=("radius", 0.5), brief=True),
     Entry(solvers.SSO, (COSH, COMPOSED, LEAST_SQUARES), number=("step_size", 0.2)),
+    Entry(
+        solvers.StochasticSSO,
+        (COMPOSED, AGREEING),
+        ("step_size", 0.2),
+        # a small gradient of one minibatch does not stop the method itself
+        options={"stop": jx.Optimality(), "key": jax.random.key(0)},
+    ),
     Entry(
         solvers.CBO,
         (RIDGE, QUARTIC),

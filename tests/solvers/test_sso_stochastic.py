@@ -302,6 +302,26 @@ def test_args_of_any_structure_through_take():
     np.testing.assert_allclose(found.value, [2.0, 4.0], atol=1e-5)
 
 
+def test_keys_of_a_stream_are_frozen_while_a_surrogate_is_reduced():
+    """Dropout: one inner step is a gradient step with the mask of the oracle's call."""
+    data = regression(noise=0.3, samples=6)
+
+    def dropped(w, d):
+        mask = jax.random.bernoulli(d["key"], 0.5, d["X"].shape).astype(w.dtype)
+        return (d["X"] * mask) @ w
+
+    problem = jx.ComposedMinimization(squares, dropped)
+    solver = StochasticSSO(1.0, sso.GradientSteps(1, 0.2), safeguard=False)
+    state = solver.init(problem, jnp.ones(2), data | {"key": KEY})
+    step, w = eqx.filter_jit(solver.step), jnp.ones(2)
+    for key in jax.random.split(KEY, 4):
+        batch = data | {"key": key}
+        state, info = step(problem, batch, state)
+        assert float(info.objective) == pytest.approx(float(problem.objective(w, batch)[0]))
+        w = w - 0.2 * jax.grad(lambda w, b=batch: problem.objective(w, b)[0])(w)
+        np.testing.assert_allclose(state.trial, w, rtol=1e-12)
+
+
 # ---- failures ----
 
 
