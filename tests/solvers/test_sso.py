@@ -163,7 +163,7 @@ def test_second_order_metric_and_exact_inner_solve_are_newtons_method():
 
 
 def reference_problem():
-    """500 x 20, columns whose scales differ by 10^1.5: the counts of golden runs are known on it."""
+    """500 x 20, columns whose scales differ by 10^1.5: there are counts of golden runs for it."""
     random = np.random.default_rng(3)
     rows = random.standard_normal((500, 20))
     weights = random.standard_normal(20)
@@ -582,7 +582,7 @@ def test_search_in_target_space_accepts_where_the_loss_is_rounding_error(value):
     problem = jx.ComposedMinimization(loss, lambda w, _: w * 1.0)
     near = jnp.full((3,), 1.0 + 1e-12)
     solver = SSO(sso.TargetArmijo(start=2.5), sso.GradientSteps(5), rtol=0.0, atol=0.0)
-    states, infos = steps(solver, problem, near, None, 2)
+    states, _ = steps(solver, problem, near, None, 2)
     trials = int(states.counts.value[0])
     assert trials <= (14 if value == 0 else 1)  # 2.5 · 0.9^10 < 1 is what the curvature allows
     assert bool(jnp.all(jnp.isfinite(states.value))) and bool(
