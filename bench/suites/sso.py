@@ -62,7 +62,7 @@ def surrogate(steps: int, decaying: bool = False):
     return make
 
 
-def svrg(problem: Supervised, budget: Budget) -> Method:
+def svrg(problem: Supervised, budget: Budget) -> Any:
     """SVRG: minibatch gradients, corrected by a full gradient at a snapshot.
 
     An epoch begins with the full gradient, which costs as many oracle calls as there are
