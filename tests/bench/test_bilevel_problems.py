@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxopt_ext import implicit, solvers
 from jaxopt_ext.bench import contender, suite, worker
 from jaxopt_ext.bench.problems import bilevel as bench
 from jaxopt_ext.bench.problems import bolib
@@ -149,6 +150,31 @@ def test_suite_measures_hypergradient_methods(monkeypatch):
         assert len(row.history["f"]) == bilevel.POINTS
         assert row.history["f"][-1] < row.history["f"][0]
         assert row.error < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer:DeprecationWarning")
+def test_loop_with_jaxopts_derivative_makes_the_steps_of_aid(quadratic):
+    pytest.importorskip("jaxopt")
+    one = next(c for c in bilevel.SUITE.contenders() if c.solver == "GradientDescent")
+    budget = contender.Budget(1e-3, 0, 0, 0, "float64")
+    ours = solvers.ImplicitBilevel(
+        upper_step=quadratic.upper_step,
+        lower_step=quadratic.lower_step,
+        linear_solver=implicit.CG(max_steps=10),  # six variables, so exact
+        warm_start=False,
+    )
+    start, args = contender.cast((quadratic.init, quadratic.args), "float64")
+    ends = []
+    for solver in (ours, one.make(quadratic, budget)):
+        state = solver.init(quadratic.bilevel, start, args, None)
+        for _ in range(3):
+            state, info = solver.step(quadratic.bilevel, args, state)
+        ends.append((state, info))
+    (mine, _), (theirs, counts) = ends
+    np.testing.assert_allclose(theirs.value[0], mine.ahead[0], rtol=1e-8)
+    np.testing.assert_allclose(theirs.value[1], mine.value[1], rtol=1e-8)
+    np.testing.assert_allclose(theirs.objective, mine.objective, rtol=1e-8)
+    assert int(counts.counts.gradient) == 12
 
 
 def test_suite_counts_hits_on_bolib(monkeypatch):
