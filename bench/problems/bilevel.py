@@ -270,7 +270,7 @@ def auc(score: Float[np.ndarray, " n"], positive: np.ndarray) -> float:
 BEST = {
     "digits-0.3": 0.1991,
     "digits-0.5": 0.2371,
-    "mnist5k-0.5": 0.1978,
+    "mnist5k-0.5": 0.1873,
     "fashion6k-0.5": 0.3311,
 }
 
