@@ -149,13 +149,15 @@ class Diagonal(Curvature):
 class MatrixFree(Curvature):
     """H by its products; solved by preconditioned conjugate gradients.
 
-    The iteration stops as soon as ‖(H + λI) u + g‖ ≤ θ λ ‖u‖, up to rounding. With it the step
-    decreases f by at least (1 − θ) times what the exact one guarantees.
+    The iteration stops as soon as its residual r = (H + λI) u + g has ‖r‖² ≤ ρ λ ⟨−g, u⟩, up to
+    rounding, with (1 + √(1 + ρ))² = 4 / (1 − θ). Since r is orthogonal to u, the step then
+    decreases f by at least (1 − θ) times what the exact one guarantees. ‖r‖ ≤ θ λ ‖u‖ would do as
+    well, but asks for more where H is large compared with λ.
 
     Attributes:
         matvec: v ↦ H v.
         preconditioner: A form of an approximation of H, or `None`.
-        theta: θ.
+        theta: θ in [0, 1).
         max_steps: Products at most; the step so far is then tried.
     """
 
@@ -171,7 +173,8 @@ class MatrixFree(Curvature):
     def direction(self, shift, gradient):
         """See `Curvature`; not ok where it meets negative curvature of H + λI."""
         rhs = -gradient
-        floor = 10 * jnp.finfo(rhs.dtype).eps * jnp.linalg.norm(rhs)
+        floor = (10 * jnp.finfo(rhs.dtype).eps) ** 2 * jnp.sum(rhs**2)
+        slack = ((2 / jnp.sqrt(1 - self.theta) - 1) ** 2 - 1) * shift  # ρ λ
 
         def precondition(residual):
             if self.preconditioner is None:
@@ -181,8 +184,8 @@ class MatrixFree(Curvature):
 
         def going(carry):
             steps, step, residual, _, _, ok = carry
-            goal = jnp.maximum(self.theta * shift * jnp.linalg.norm(step), floor)
-            return ok & (steps < self.max_steps) & (jnp.linalg.norm(residual) > goal)
+            goal = jnp.maximum(slack * jnp.dot(rhs, step), floor)
+            return ok & (steps < self.max_steps) & (jnp.sum(residual**2) > goal)
 
         def body(carry):
             steps, step, residual, search, size, _ = carry

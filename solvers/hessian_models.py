@@ -132,8 +132,8 @@ class LinearSolver(eqx.Module):
         return {"hessian": 1}
 
     @abc.abstractmethod
-    def build(self, model: Any, local: LocalProblem) -> Any:
-        """What is kept of H at a new point."""
+    def build(self, model: Any, local: LocalProblem, data: Any) -> Any:
+        """What is kept of H at a new point, given what was kept at the previous one."""
 
     def at(self, model: Any, local: LocalProblem, data: Any) -> Curvature:
         """The form, from what was kept."""
@@ -153,7 +153,7 @@ class Direct(LinearSolver):
         True
     """
 
-    def build(self, model, local):
+    def build(self, model, local, data):
         """See `LinearSolver`."""
         rank = model.rank(local)
         if rank is not None and rank < local.size:
@@ -193,7 +193,7 @@ class Eigendecomposition(LinearSolver):
     def __check_init__(self):
         check_psd("Eigendecomposition", self.psd)
 
-    def build(self, model, local):
+    def build(self, model, local, data):
         """See `LinearSolver`."""
         return Spectrum.of_matrix(model.matrix(local), self.psd)
 
@@ -201,15 +201,16 @@ class Eigendecomposition(LinearSolver):
 class ConjugateGradient(LinearSolver):
     """Matrix-free: conjugate gradients on Hessian-vector products; no matrix is ever formed.
 
-    A solve stops at ‖(H + λB) h + g‖_* ≤ θ λ ‖h‖, and the acceptance test of the method asks for
-    (1 − θ) of the decrease that exact steps would give. Memory O(n).
+    A solve stops as soon as its step is sure to give (1 − θ) of the decrease that exact steps
+    would give, which is what the acceptance test of the method then asks for: at
+    ‖(H + λB) h + g‖_*² ≤ ρ λ ⟨−g, h⟩ with (1 + √(1 + ρ))² = 4 / (1 − θ). Memory O(n).
 
     Args:
         theta: θ in [0, 1), dimensionless.
         max_steps: Products per solve at most; `None` means min(10 n, 1000). The step so far is
             then tried.
-        preconditioner: A Hessian model with a cheap solve, for instance `DiagonalHessian`,
-            `NystromHessian` or `QuasiNewton(memory=10)`, rebuilt at every accepted point.
+        preconditioner: A Hessian model with a cheap solve, for instance `DiagonalHessian` or
+            `NystromHessian`, brought up to date at every accepted point.
 
     Raises:
         TypeError: `preconditioner` is not a Hessian model.
@@ -254,11 +255,12 @@ class ConjugateGradient(LinearSolver):
         """See `LinearSolver`."""
         return {} if self.preconditioner is None else self.preconditioner.evaluations(size)
 
-    def build(self, model, local):
+    def build(self, model, local, data):
         """See `LinearSolver`."""
         if self.preconditioner is None:
             return None
-        return self.preconditioner.build(local, self.preconditioner.init(local))
+        kept = self.preconditioner.init(local) if data is None else data
+        return self.preconditioner.build(local, kept)
 
     def at(self, model, local, data):
         """See `LinearSolver`."""
@@ -300,7 +302,7 @@ class OperatorModel(HessianModel):
 
     def build(self, local, data):
         """See `HessianModel`."""
-        return self.linear_solver.build(self, local)
+        return self.linear_solver.build(self, local, data)
 
     def at(self, local, data):
         """See `HessianModel`."""
@@ -355,10 +357,6 @@ class ExactHessian(OperatorModel):
     def product(self, local):
         """See `OperatorModel`."""
         return jax.linearize(jax.grad(local.objective), local.origin)[1]
-
-    def matrix(self, local):
-        """See `OperatorModel`."""
-        return jax.hessian(local.objective)(local.origin)
 
 
 class UserHessian(OperatorModel):

@@ -149,9 +149,9 @@ def test_golden_counts_on_log_sum_exp_in_its_metric():
     assert counts(run(weighted)) == (21, 33)
     assert counts(run(solvers.SuperUniversalNewton(power=1.0, **B)))[0] == 15
     assert accepted_points(run(solvers.GradientMethod(**B))) == 47
-    # inexact steps: the same path, up to one trial
+    # inexact steps: a guarantee as good, so hardly more trials
     inexact = run(solvers.GradNormSmooth(solvers.ExactHessian(linear_solver=CG), **B))
-    assert abs(counts(inexact)[1] - 22) <= 1
+    assert counts(inexact)[1] <= 23
 
 
 def chebyshev_chain(y, args):
@@ -342,9 +342,18 @@ def test_conjugate_gradients_stop_by_the_inexactness_rule():
     for shift in (100.0, 1.0, 1e-3):
         solve = curvature.MatrixFree(lambda v: matrix @ v, None, 0.5, 1000)
         step, ok, products = solve.direction(jnp.array(shift), gradient)
-        residual = jnp.linalg.norm(matrix @ step + shift * step + gradient)
+        residual = matrix @ step + shift * step + gradient
+        size, gain = jnp.linalg.norm(residual), -jnp.dot(gradient, step)
         assert bool(ok)
-        assert float(residual) <= 0.5 * shift * float(jnp.linalg.norm(step))
+        # what the proof of the progress inequality with 1/16 needs
+        assert abs(float(jnp.dot(residual, step))) <= 1e-10 * float(gain)
+        worst = size**2 / (shift * gain)
+        assert float(1 + jnp.sqrt(1 + worst)) ** 2 <= 8
+        # one product fewer would not have done
+        solve = curvature.MatrixFree(lambda v: matrix @ v, None, 0.5, int(products) - 1)
+        short = solve.direction(jnp.array(shift), gradient).step
+        size = jnp.linalg.norm(matrix @ short + shift * short + gradient)
+        assert float(size**2) > 2.34 * shift * -float(jnp.dot(gradient, short))
         assert int(products) > previous  # a smaller λ asks for more
         previous = int(products)
     jacobi = curvature.MatrixFree(
@@ -380,6 +389,14 @@ def test_preconditioners_save_products():
         used[name] = int(found.stats.counts.hvp) - cost * built
     assert used["diagonal"] < used["none"] / 2  # the Hessian is diagonal: one sample is exact
     assert used["nystrom"] < used["none"]
+
+
+def test_preconditioners_keep_their_memory_from_point_to_point():
+    problem = jx.Minimization(lambda y, args: jnp.sum(jnp.cosh(y - 1)))
+    linear_solver = solvers.ConjugateGradient(preconditioner=solvers.QuasiNewton(memory=3))
+    solver = solvers.GradNormSmooth(solvers.ExactHessian(linear_solver=linear_solver))
+    found = jx.solve(problem, solver, jnp.array([0.0, 0.5, 3.0])).check()
+    assert int(jnp.sum(jnp.any(found.state.solver.model.pairs[0] != 0, axis=1))) == 3
 
 
 def test_matrix_free_models_never_form_a_matrix():
