@@ -1,9 +1,9 @@
 """The step of a regularized Newton method on a composite problem min f + ψ.
 
 The subproblem min_h ⟨g, h⟩ + ½⟨(H + λB) h, h⟩ + ψ(x + h) is solved by an accelerated proximal
-gradient method with restarts, which stops by the inexactness rule of the smooth case: with ξ the
-subgradient of ψ at x + h that the last proximal step gives, ‖g + (H + λB) h + ξ‖_* ≤ θ λ ‖h‖. For
-H a multiple of B = I one proximal step solves it.
+gradient method with restarts, which stops as soon as the step decreases the objective by (1 − θ)
+times what an exact one guarantees: with ξ the subgradient of ψ at x + h that the last proximal step
+gives, ‖g + (H + λB) h + ξ‖_* ≤ θ λ ‖h‖. For H a multiple of B = I one proximal step solves it.
 """
 
 import jax
