@@ -294,7 +294,9 @@ def conserve(
                 f"conserve: {name} has shape {list(jnp.shape(other))}, expected "
                 f"{list(jnp.shape(field))} as the field"
             )
-    direction = weights if variance is None else variance * weights
+    direction = weights
+    if variance is not None:
+        direction = jnp.broadcast_to(variance, jnp.shape(weights)) * weights
     missing = jnp.asarray(total, field.dtype) - weights @ field
     if weights.ndim == 1:
         return field + missing / jnp.vdot(weights, direction) * direction
