@@ -199,6 +199,15 @@ class FlatProgram:
                 parts.append(ravel_pytree(fun(value, self.args))[0].astype(self.dtype))
         return jnp.concatenate(parts)
 
+    def unravel_rows(self, rows: Array) -> PyTree:
+        """What the constraints return, from flat values; a pair where there are both kinds."""
+        parts = (
+            _unflatten(self._equality, rows[: self.equalities]),
+            _unflatten(self._inequality, rows[self.equalities :]),
+        )
+        there = tuple(part for part in parts if part is not None)
+        return there[0] if len(there) == 1 else there
+
     def linearize(
         self, y: Array, multipliers: Array, scaling: Scaling
     ) -> tuple[Evaluation, Callable[[Array, Array], tuple[Array, Array, Array]]]:

@@ -15,9 +15,17 @@ from jaxtyping import Array, Float, Int
 from jaxopt_ext.core import check
 from jaxopt_ext.implicit.linear_solvers import minres
 from jaxopt_ext.solvers.kkt_systems import KKTSystem
+from jaxopt_ext.solvers.preconditioners import (
+    Diagonal,
+    Nystrom,
+    Preconditioner,
+    Schur,
+    positive_diagonal,
+    schur,
+)
 
 Sketch = Literal["gaussian", "coordinate", "countsketch", "srht"]
-Preconditioner = Literal["none", "diagonal", "schur"]
+Named = Literal["none", "diagonal", "schur", "nystrom"]
 
 
 class Solved(NamedTuple):
@@ -74,7 +82,9 @@ class InnerSolver(eqx.Module):
 class Direct(InnerSolver):
     """LU factorization of the dense K, with one step of iterative refinement.
 
-    K is made to have the right inertia before; (n + m)³ · 2/3 operations.
+    Inequalities are eliminated first, so that n + m counts equalities only: thousands of
+    inequalities in a few variables cost products, not factorizations. K is made to have the right
+    inertia before; (n + m)³ · 2/3 operations.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,13 +102,34 @@ class Direct(InnerSolver):
     exact: ClassVar[bool] = True
 
     def prepare(self, system):
-        """See `InnerSolver`: the factorization."""
-        return jax.scipy.linalg.lu_factor(_matrix(system))
+        """See `InnerSolver`: the factorization, and what eliminates the inequalities."""
+        matrix, rows = _matrix(system), system.rows
+        equalities = rows if system.units is None else system.units.equalities
+        if equalities == rows:
+            return jax.scipy.linalg.lu_factor(matrix)
+        jacobian: Any = system.jacobian
+        inequality, stiffness = jacobian[equalities:], 1 / system.relaxation[equalities:]
+        left = system.size + equalities
+        stiff = inequality.T @ (stiffness[:, None] * inequality)
+        condensed = matrix[:left, :left].at[: system.size, : system.size].add(stiff)
+        return jax.scipy.linalg.lu_factor(condensed), inequality, stiffness
+
+    def apply(self, kept: Any, rhs: Float[Array, " N"]) -> Float[Array, " N"]:
+        """K⁻¹ rhs, by what `prepare` returned."""
+        if len(kept) == 2:
+            return jax.scipy.linalg.lu_solve(kept, rhs)
+        factor, inequality, stiffness = kept
+        n, left = inequality.shape[1], rhs.size - stiffness.size
+        sides = rhs[left:]
+        top = rhs[:left].at[:n].add(inequality.T @ (stiffness * sides))
+        solution = jax.scipy.linalg.lu_solve(factor, top)
+        rows = stiffness * (inequality @ solution[:n] - sides)
+        return jnp.concatenate([solution, rows])
 
     def solve(self, system, kept, rhs, start, tolerance, key):
         """See `InnerSolver`."""
-        first = jax.scipy.linalg.lu_solve(kept, rhs)
-        refined = first + jax.scipy.linalg.lu_solve(kept, rhs - system.product(first))
+        first = self.apply(kept, rhs)
+        refined = first + self.apply(kept, rhs - system.product(first))
         return Solved(refined, jnp.zeros((), jnp.int32))
 
 
@@ -106,16 +137,16 @@ class MINRES(InnerSolver):
     """Minimum residual method on products with K alone, optionally preconditioned.
 
     Args:
-        preconditioner: `"none"`; `"diagonal"`, with the absolute diagonal of W where it is known
-            and the barrier's part of it where not; or `"schur"`, the block diagonal of that
-            diagonal D and J D⁻¹Jᵀ + Δ, which needs the dense J.
+        preconditioner: `"none"`, or one of `"diagonal"`, `"schur"` and `"nystrom"`, which stand for
+            `Diagonal()`, `Schur()` and `Nystrom()`; or such an object, among them
+            `BlockPreconditioner(...)` with approximate solves that the user knows.
         max_steps: Iterations of one solve at most; `None` means 4 (n + m) + 50.
 
     Raises:
         ValueError: A setting is out of its range.
 
     Reference:
-        Paige and Saunders, SIAM J. Numer. Anal. 12, 1975; the block diagonal preconditioner as in
+        Paige and Saunders, SIAM J. Numer. Anal. 12, 1975; block diagonal preconditioners as in
         Benzi, Golub, Liesen, "Numerical solution of saddle point problems", Acta Numerica 2005.
 
     Example:
@@ -130,43 +161,42 @@ class MINRES(InnerSolver):
         [0.5 0.5]
     """
 
-    preconditioner: Preconditioner = eqx.field(static=True, default="none")
+    preconditioner: Named | Preconditioner = "none"
     max_steps: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check.choice("MINRES", "preconditioner", self.preconditioner, get_args(Preconditioner))
+        if not isinstance(self.preconditioner, Preconditioner):
+            check.choice("MINRES", "preconditioner", self.preconditioner, get_args(Named))
         check.count("MINRES", "max_steps", self.max_steps, optional=True)
+
+    @property
+    def _preconditioner(self) -> Preconditioner | None:
+        if isinstance(self.preconditioner, Preconditioner):
+            return self.preconditioner
+        return {"none": None, "diagonal": Diagonal(), "schur": Schur(), "nystrom": Nystrom()}[
+            self.preconditioner
+        ]
 
     @property
     def needs_matrix(self) -> bool:  # pyright: ignore
         """Whether K must be dense."""
-        return self.preconditioner == "schur"
+        chosen = self._preconditioner
+        return chosen is not None and chosen.needs_matrix
 
     def prepare(self, system):
-        """See `InnerSolver`: the square roots of the preconditioner's blocks."""
-        if self.preconditioner == "none":
-            return None
-        diagonal = _positive_diagonal(system)
-        if self.preconditioner == "diagonal" or system.rows == 0:
-            return jnp.sqrt(diagonal), None
-        return jnp.sqrt(diagonal), jnp.linalg.cholesky(_schur(system, diagonal))
+        """See `InnerSolver`: what the preconditioner keeps."""
+        chosen = self._preconditioner
+        return None if chosen is None else chosen.prepare(system)
 
     def solve(self, system, kept, rhs, start, tolerance, key):
         """See `InnerSolver`."""
-        n = system.size
-        solve_triangular = jax.scipy.linalg.solve_triangular
+        chosen = self._preconditioner
 
         def half(v, transposed):
-            if kept is None:
-                return v
-            root, factor = kept
-            rows = v[n:]
-            if factor is not None:
-                rows = solve_triangular(factor, rows, lower=True, trans=int(transposed))
-            return jnp.concatenate([v[:n] / root, rows])
+            return v if chosen is None else chosen.apply(system, kept, v, transposed)
 
         def product(v):
-            return half(system.product(half(v, True)), False)
+            return half(system.product(half(v, False)), True)
 
         limit = 4 * rhs.size + 50 if self.max_steps is None else self.max_steps
 
@@ -177,9 +207,9 @@ class MINRES(InnerSolver):
         def body(carry):
             d, residual, products, rounds, _ = carry
             size = jnp.linalg.norm(residual)
-            unit = half(residual / size, False)
+            unit = half(residual / size, True)
             found, steps = minres(product, unit, 0.5 * tolerance / size, limit)
-            d_new = d + size * half(found, True)
+            d_new = d + size * half(found, False)
             left = rhs - system.product(d_new)
             better = jnp.linalg.norm(left) < size
             d = jnp.where(better, d_new, d)
@@ -187,8 +217,9 @@ class MINRES(InnerSolver):
             residual = jnp.where(better, left, residual)
             return d, residual, products + steps + 1, rounds + 1, stalled
 
-        one = jnp.ones((), jnp.int32)
-        carry = (start, rhs - system.product(start), one, 0 * one, jnp.array(False))
+        first = 1 if chosen is None else 1 + chosen.products(system)
+        first, zero = jnp.array(first, jnp.int32), jnp.zeros((), jnp.int32)
+        carry = (start, rhs - system.product(start), first, zero, jnp.array(False))
         d, _, products, _, _ = jax.lax.while_loop(going, body, carry)
         return Solved(d, products.astype(jnp.int32))
 
@@ -292,8 +323,8 @@ class ProjectedCG(InnerSolver):
 
     def prepare(self, system):
         """See `InnerSolver`: D, and the Cholesky factor of J D⁻¹Jᵀ + Δ."""
-        diagonal = _positive_diagonal(system)
-        return diagonal, jnp.linalg.cholesky(_schur(system, diagonal))
+        diagonal = positive_diagonal(system)
+        return diagonal, jnp.linalg.cholesky(schur(system, diagonal))
 
     def solve(self, system, kept, rhs, start, tolerance, key):
         """See `InnerSolver`."""
@@ -471,10 +502,11 @@ class SketchAndProject(InnerSolver):
 
 
 def automatic(size: int) -> InnerSolver:
-    """`Direct` for up to 500 unknowns and multipliers together, `MINRES` beyond.
+    """`Direct` for up to 500 variables and equalities together, `MINRES` beyond.
 
     A factorization of 500 unknowns takes about as long as the derivatives that it needs; beyond,
-    its cost grows with the cube and its memory with the square.
+    its cost grows with the cube and its memory with the square. Inequalities are eliminated first
+    and do not count.
     """
     return Direct() if size <= 500 else MINRES("diagonal")
 
@@ -482,16 +514,3 @@ def automatic(size: int) -> InnerSolver:
 def _matrix(system: KKTSystem) -> Array:
     assert system.matrix is not None  # `needs_matrix`
     return system.matrix
-
-
-def _positive_diagonal(system: KKTSystem) -> Array:
-    size = jnp.abs(system.diagonal)
-    largest = jnp.max(size, initial=0)
-    return jnp.where(largest > 0, jnp.maximum(size, 1e-8 * jnp.maximum(1, largest)), 1)
-
-
-def _schur(system: KKTSystem, diagonal: Array) -> Array:
-    jacobian: Any = system.jacobian
-    schur = (jacobian / diagonal[None, :]) @ jacobian.T + jnp.diag(system.relaxation)
-    rounding = 100 * jnp.finfo(schur.dtype).eps * jnp.max(jnp.diagonal(schur), initial=0)
-    return schur + rounding * jnp.eye(len(schur), dtype=schur.dtype)

@@ -15,17 +15,29 @@ from jaxopt_ext.solvers.inner_solvers import (
     Solved,
 )
 from jaxopt_ext.solvers.kkt_systems import KKTSystem
+from jaxopt_ext.solvers.preconditioners import (
+    BlockPreconditioner,
+    Diagonal,
+    Nystrom,
+    Preconditioner,
+    Schur,
+)
 
 __all__ = [
     "GMRES",
     "MINRES",
     "Accuracy",
+    "BlockPreconditioner",
+    "Diagonal",
     "Direct",
     "InnerSolver",
     "KKTSystem",
+    "Nystrom",
+    "Preconditioner",
     "ProjectedCG",
     "PublishedAccuracy",
     "RelativeAccuracy",
+    "Schur",
     "SketchAndProject",
     "Solved",
 ]

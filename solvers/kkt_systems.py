@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
+
+from jaxopt_ext.solvers.flat_program import Scaling
 
 
 class Derivatives(NamedTuple):
@@ -36,6 +38,23 @@ class Derivatives(NamedTuple):
     matrices: tuple[Float[Array, "n n"], Float[Array, "m n"]] | None
 
 
+class Units(NamedTuple):
+    """What the vectors of a system stand for.
+
+    Attributes:
+        variables: From flat variables to the user's.
+        constraints: From flat values to what the user's constraints return; a pair where there are
+            equalities and inequalities.
+        scaling: Of the program.
+        equalities: Number of equalities, which are the first rows.
+    """
+
+    variables: Callable[[Array], PyTree]
+    constraints: Callable[[Array], PyTree]
+    scaling: Scaling
+    equalities: int
+
+
 class KKTSystem(NamedTuple):
     """The matrix K of one step.
 
@@ -47,6 +66,7 @@ class KKTSystem(NamedTuple):
         pull: dλ → Jᵀ dλ.
         jacobian: J, or `None`.
         relaxation: The diagonal of Δ.
+        units: What the vectors stand for, if anything.
     """
 
     product: Callable[[Array], Array]
@@ -56,6 +76,7 @@ class KKTSystem(NamedTuple):
     pull: Callable[[Array], Array]
     jacobian: Float[Array, "m n"] | None
     relaxation: Float[Array, " m"]
+    units: Units | None = None
 
     @property
     def size(self) -> int:
@@ -177,16 +198,24 @@ def rescaled(derivatives: Derivatives, objective: Array, rows: Array) -> Derivat
     )
 
 
-def newton_system(derivatives: Derivatives, diagonal: Array, relaxation: Array, newton: Array):
+def newton_system(
+    derivatives: Derivatives, diagonal: Array, relaxation: Array, newton: Array, units: Units
+) -> KKTSystem:
     """K, with H only in Newton's steps."""
     n = diagonal.size
     if derivatives.matrices is not None:
         hessian, jacobian = derivatives.matrices
         block = jnp.where(newton, hessian, 0) + jnp.diag(diagonal)
         matrix = jnp.block([[block, jacobian.T], [jacobian, -jnp.diag(relaxation)]])
+
+        def multiply(v):  # in blocks: where nothing else needs the matrix, it is not built
+            dy, drows = v[:n], v[n:]
+            along = block @ dy + jacobian.T @ drows
+            return jnp.concatenate([along, jacobian @ dy - relaxation * drows])
+
         return KKTSystem(
-            lambda v: matrix @ v, matrix, jnp.diagonal(block), derivatives.push,
-            derivatives.pull, jacobian, relaxation,
+            multiply, matrix, jnp.diagonal(block), derivatives.push,
+            derivatives.pull, jacobian, relaxation, units,
         )  # fmt: skip
 
     def apart(dy, drows):
@@ -197,4 +226,6 @@ def newton_system(derivatives: Derivatives, diagonal: Array, relaxation: Array, 
         along, rows = jax.lax.cond(newton, derivatives.both, apart, dy, drows)
         return jnp.concatenate([along + diagonal * dy, rows - relaxation * drows])
 
-    return KKTSystem(product, None, diagonal, derivatives.push, derivatives.pull, None, relaxation)
+    return KKTSystem(
+        product, None, diagonal, derivatives.push, derivatives.pull, None, relaxation, units
+    )

@@ -44,6 +44,7 @@ from jaxopt_ext.solvers.sketched_newton_state import (
 from jaxopt_ext.solvers.sketched_newton_trials import (
     begin_restoring,
     evaluate,
+    lighter_penalty,
     reject,
     to_boundary,
 )
@@ -85,7 +86,7 @@ class SketchedNewtonAL(AbstractSolver):
 
     Args:
         inner_solver: One of `solvers.kkt`; `None` chooses `Direct` for up to 500 variables and
-            constraints together and matrix-free `MINRES` beyond.
+            equalities together and matrix-free `MINRES` beyond.
         accuracy: How exact inner solves are: `kkt.RelativeAccuracy(fraction)` or the rule of the
             paper's code, `kkt.PublishedAccuracy()`. `Direct` is always exact.
         shift: How τ is found where the dense Hessian is at hand: `"inertia"`, the smallest of a
@@ -271,7 +272,15 @@ class SketchedNewtonAL(AbstractSolver):
         allowed = self.decrease * state.length * jnp.minimum(merit_weights @ state.slope, 0)
         rounding = 10 * jnp.finfo(trial.w.dtype).eps * (1 + jnp.abs(merit_weights @ state.merit))
         enough = merit_weights @ (trial.merit - state.merit) <= allowed + rounding
-        taken = finite & ((state.phase != SEARCH) | enough)
+        searching = state.phase == SEARCH
+        gradient_penalty = lighter_penalty(settings, trial.merit, state)
+        lighter = finite & searching & ~enough & (gradient_penalty > 0)
+        state = eqx.tree_at(
+            lambda s: s.gradient_penalty,
+            state,
+            jnp.where(lighter, gradient_penalty, state.gradient_penalty),
+        )
+        taken = finite & (~searching | enough | lighter)
         new = jax.lax.cond(
             taken, lambda: take(settings, trial, state), lambda: reject(settings, trial, state)
         )
@@ -332,7 +341,7 @@ class SketchedNewtonAL(AbstractSolver):
     def _inner(self, program: FlatProgram) -> InnerSolver:
         if self.inner_solver is not None:
             return self.inner_solver
-        return automatic(program.size + program.rows_size)
+        return automatic(program.size + program.equalities)
 
     def _check(self, program: FlatProgram) -> None:
         name = type(self).__name__

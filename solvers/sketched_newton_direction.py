@@ -13,6 +13,7 @@ from jaxopt_ext.solvers.exact_augmented_lagrangian import (
     merit_parts,
 )
 from jaxopt_ext.solvers.kkt_systems import (
+    Units,
     convexifying_shift,
     larger_shift,
     newton_system,
@@ -68,8 +69,11 @@ def direction(settings: Settings, trial: Trial, place: Place, state) -> Step:
     plain = jnp.where(place.estimating, 1, jnp.where(place.restoring, damping, 0))
     diagonal = sigma[:n] + plain * free[:n] + (1 - free[:n])
 
+    units = Units(program.unravel, program.unravel_rows, place.scaling, e)
+
     def system(shift):
-        return newton_system(derivatives, diagonal + shift * free[:n], relaxation, place.newton)
+        shifted = diagonal + shift * free[:n]
+        return newton_system(derivatives, shifted, relaxation, place.newton, units)
 
     def spread(solution):
         """The parts of a step, from the solution of the system."""
@@ -148,14 +152,10 @@ def direction(settings: Settings, trial: Trial, place: Place, state) -> Step:
 
 
 def first_penalties(settings: Settings, place, state):
-    """The penalties to begin with: those of the last step, or anew for a new barrier."""
+    """The penalties to begin with: those of the last step; η₁ anew for a new barrier."""
     anew = place.barrier < state.barrier
     first = jnp.asarray(settings.penalty, state.penalty.dtype)
-    second = jnp.asarray(settings.gradient_penalty, state.penalty.dtype)
-    return (
-        jnp.where(anew, first, state.penalty),
-        jnp.where(anew, second, state.gradient_penalty),
-    )
+    return jnp.where(anew, first, state.penalty), state.gradient_penalty
 
 
 def inexact(settings: Settings, system, rhs, spread, slopes, sizes, shift, place, state, bounded):

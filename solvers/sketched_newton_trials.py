@@ -1,13 +1,19 @@
 """Trials of `SketchedNewtonAL`: evaluation, shorter steps, second-order correction, restoration."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxopt_ext.core import tree
 from jaxopt_ext.core.result import RESULTS
-from jaxopt_ext.solvers.exact_augmented_lagrangian import merit_parts
+from jaxopt_ext.solvers.exact_augmented_lagrangian import (
+    GRADIENT_PENALTY_CAP,
+    descends,
+    merit_parts,
+)
 from jaxopt_ext.solvers.flat_program import FlatProgram
 from jaxopt_ext.solvers.sketched_newton_state import (
     FRESH,
@@ -32,6 +38,32 @@ def evaluate(program: FlatProgram, state: SketchedNewtonALState) -> Trial:
     return Trial(program, w, rows, found, tangent, merit)
 
 
+def lighter_penalty(
+    settings: Settings, merit: Array, state: SketchedNewtonALState
+) -> Float[Array, ""]:
+    """An η₂ with which M accepts a trial that η₂/2 ‖D∇L‖² alone stands against, or 0.
+
+    Along curved valleys the gradient grows while everything else in M falls, and steps would have
+    to be tiny. Asked for after the second rejection of a search only; η₂ falls to a hundredth at
+    most, and d must descend on M with it.
+
+    Args:
+        settings: Of the solver.
+        merit: The parts of M at the trial.
+        state: With those at the iterate.
+    """
+    ones = jnp.stack([jnp.ones_like(state.penalty), jnp.ones_like(state.penalty), state.penalty])
+    share = settings.decrease * state.length
+    change, slope = merit - state.merit, state.slope
+    others = ones @ (change[:3] - share * slope[:3])
+    last = change[3] - share * slope[3]
+    wanted = jnp.where(last > 0, -others / (2 * jnp.where(last > 0, last, 1)), 0)
+    allowed = (wanted >= 0.01 * state.gradient_penalty) & (wanted < state.gradient_penalty)
+    allowed &= (ones @ slope[:3] < 0) & descends(state.merit, slope, state.penalty, wanted)
+    allowed &= (state.halvings >= 2) & ~state.restoring & (wanted > GRADIENT_PENALTY_CAP)
+    return jnp.where(allowed, wanted, 0)
+
+
 def reject(settings: Settings, trial: Trial, state: SketchedNewtonALState) -> SketchedNewtonALState:
     """A corrected trial, or a shorter one; after too many steps to feasibility, or the end."""
     halvings = state.halvings + 1
@@ -50,7 +82,7 @@ def reject(settings: Settings, trial: Trial, state: SketchedNewtonALState) -> Sk
     shorter = tree.where(restore, begun, shorter)
     if not settings.inner.exact or trial.program.rows_size == 0:
         return shorter
-    use, correction = second_order_correction(settings, trial, state)
+    use, correction = second_order_correction(settings.inner, trial, state)
     corrected = eqx.tree_at(lambda s: (s.correction, s.halvings), state, (correction, halvings))
     return tree.where(use, corrected, shorter)
 
@@ -75,7 +107,7 @@ def begin_restoring(settings: Settings, state, norm):
     )  # fmt: skip
 
 
-def second_order_correction(settings: Settings, trial, state):
+def second_order_correction(inner: Any, trial: Trial, state: SketchedNewtonALState):
     """Whether to try a second-order correction, and what it adds to the trial.
 
     After the first rejection, where the constraints have become worse: the same step with
@@ -87,7 +119,7 @@ def second_order_correction(settings: Settings, trial, state):
     c = program.with_slack(trial.found.rows, trial.w[n:])
     rhs = (state.length - 1) * state.residual + c
     full = -jnp.concatenate([jnp.zeros(n, c.dtype), rhs])
-    solution = jax.scipy.linalg.lu_solve(state.kept, full)
+    solution = inner.apply(state.kept, full)
     distances = program.walls.distances(here.w)
     sigma = program.walls.weights(here.walls / distances)[n:]
     dw = jnp.concatenate([solution[:n], -solution[n + e :] / sigma]) * program.free
