@@ -190,7 +190,7 @@ class CBO(AbstractSolver):
     particles: int = eqx.field(static=True, default=100)
     start: Start = Normal()
     drift: Number = 1.0
-    sigma: Schedule = 8.0
+    sigma: Schedule = 9.0
     dt: Number = 0.01
     alpha: Schedule | EffectiveSampleSize = Geometric(1.0, 1.05, 1e5)
     noise: Noise = Anisotropic()
