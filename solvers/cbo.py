@@ -14,6 +14,13 @@ from jaxopt_ext.solvers.cbo_consensus import (
     effective_sample_size,
     weights,
 )
+from jaxopt_ext.solvers.cbo_constraints import (
+    ConstraintDrift,
+    Penalty,
+    PenaltyState,
+    Sphere,
+    Stiefel,
+)
 from jaxopt_ext.solvers.cbo_noise import (
     Anisotropic,
     Constant,
@@ -25,14 +32,17 @@ from jaxopt_ext.solvers.cbo_noise import (
     rademacher,
     uniform,
 )
+from jaxopt_ext.solvers.cbo_pareto import ParetoFront, efficient, pareto_front
 from jaxopt_ext.solvers.cbo_pieces import Batch, Cutoff, Jumps, Kick, Memory, Polarized, Polish
 from jaxopt_ext.solvers.cbo_presets import (
     consensus_based_sampling,
     consensus_hopping,
     truncated_cbo,
 )
-from jaxopt_ext.solvers.cbo_solver import CBO, CBOState, Personal
+from jaxopt_ext.solvers.cbo_record import SwarmHistory, record
+from jaxopt_ext.solvers.cbo_solver import CBO
 from jaxopt_ext.solvers.cbo_start import Normal, Particles, Start, Uniform
+from jaxopt_ext.solvers.cbo_state import CBOState, Personal
 
 __all__ = [
     "CBO",
@@ -40,6 +50,7 @@ __all__ = [
     "Batch",
     "CBOState",
     "Constant",
+    "ConstraintDrift",
     "Covariance",
     "Cutoff",
     "EffectiveSampleSize",
@@ -50,18 +61,27 @@ __all__ = [
     "Memory",
     "Noise",
     "Normal",
+    "ParetoFront",
     "Particles",
+    "Penalty",
+    "PenaltyState",
     "Personal",
     "Polarized",
     "Polish",
+    "Sphere",
     "Start",
+    "Stiefel",
     "StudentT",
+    "SwarmHistory",
     "Uniform",
     "consensus_based_sampling",
     "consensus_hopping",
     "effective_sample_size",
+    "efficient",
     "gaussian",
+    "pareto_front",
     "rademacher",
+    "record",
     "truncated_cbo",
     "uniform",
     "weights",

@@ -1,14 +1,14 @@
 """The solver `CBO`: how the pieces of consensus-based optimization make a step."""
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Float, PyTree
 
 from jaxopt_ext import implicit
 from jaxopt_ext.core import check, tree
@@ -31,6 +31,7 @@ from jaxopt_ext.solvers.cbo_consensus import (
     scheduled,
     weights,
 )
+from jaxopt_ext.solvers.cbo_constraints import ConstraintDrift, Penalty
 from jaxopt_ext.solvers.cbo_noise import (
     Anisotropic,
     Increments,
@@ -40,82 +41,11 @@ from jaxopt_ext.solvers.cbo_noise import (
 )
 from jaxopt_ext.solvers.cbo_pieces import Batch, Cutoff, Jumps, Kick, Memory, Polarized, Polish
 from jaxopt_ext.solvers.cbo_start import Normal, Start
+from jaxopt_ext.solvers.cbo_state import Agreement, CBOState, Personal
 
 # Streams of random numbers: of a run, and of one step (fewer than 8).
 START, RUN = 0, 1
 NOISE, MEMORY, JUMPS, KICK, BATCHES = range(5)
-
-
-class Personal(eqx.Module):
-    """What the particles remember, with `Memory`.
-
-    Attributes:
-        points: The best point of each particle.
-        energies: The objective there.
-    """
-
-    points: Float[Array, "particles n"]
-    energies: Float[Array, " particles"]
-
-
-class Agreement(NamedTuple):
-    """What the particles agree on in one step.
-
-    Attributes:
-        alpha: Inverse temperature.
-        weight: Of each particle.
-        consensus: Their weighted mean.
-        distance: Of each particle to the consensus, or to its own with `Polarized`.
-    """
-
-    alpha: Float[Array, ""]
-    weight: Float[Array, " particles"]
-    consensus: Float[Array, " n"]
-    distance: Float[Array, "particles n"]
-
-
-class CBOState(eqx.Module):
-    """State of `CBO`.
-
-    Attributes:
-        value: The best particle so far.
-        objective: The objective there.
-        aux: Auxiliary output there.
-        optimality: Max norm of the optimality conditions there; NaN unless polished.
-        polished: Whether `value` is the result of polishing.
-        result: How polishing ended.
-        swarm: Positions of the particles, each raveled (their dual variables with `mirror`).
-        personal: What the particles remember, or `None`.
-        consensus: The point that the swarm agreed on in the last step.
-        alpha: Inverse temperature of the last step.
-        spread: Typical distance of a particle to the consensus in the last step.
-        spread_scale: The same in the first step.
-        key: Data of the random key.
-        steps: Steps so far.
-        since_best: Steps since the best particle was found.
-        nonfinite: Evaluations so far that were NaN or infinite.
-        counts: Evaluations so far.
-        impl: The kind of random key.
-    """
-
-    value: PyTree
-    objective: Float[Array, ""]
-    aux: PyTree
-    optimality: Float[Array, ""]
-    polished: Bool[Array, ""]
-    result: RESULTS
-    swarm: Float[Array, "particles n"]
-    personal: Personal | None
-    consensus: PyTree
-    alpha: Float[Array, ""]
-    spread: Float[Array, ""]
-    spread_scale: Float[Array, ""]
-    key: UInt32[Array, " words"]
-    steps: Int[Array, ""]
-    since_best: Int[Array, ""]
-    nonfinite: Int[Array, ""]
-    counts: Counts
-    impl: str = eqx.field(static=True)
 
 
 class CBO(AbstractSolver):
@@ -150,7 +80,10 @@ class CBO(AbstractSolver):
         jumps: Jump noise.
         kick: Resampling when stagnating.
         projection: Constraint set: a function from a particle to the nearest point of the set,
-            e.g. of `implicit.projections`. All particles stay in it.
+            e.g. of `implicit.projections`. All particles stay in it. With a method `tangent`, as
+            of `Sphere()` and `Stiefel()`, their steps are tangent to it.
+        penalty: General constraints by an adaptive penalty.
+        constraint_drift: Equality constraints by a stiff drift.
         mirror: Mirror map: a function from unconstrained dual variables of a particle to the
             particle itself, e.g. `jax.nn.softmax`. The start is that of the dual variables.
         polish: Refinement of the best particle by a local solver.
@@ -203,6 +136,8 @@ class CBO(AbstractSolver):
     jumps: Jumps | None = None
     kick: Kick | None = None
     projection: Callable[[PyTree], PyTree] | None = None
+    penalty: Penalty | None = None
+    constraint_drift: ConstraintDrift | None = None
     mirror: Callable[[PyTree], PyTree] | None = None
     polish: Polish | None = None
     mesh: Mesh | None = eqx.field(static=True, default=None)
@@ -232,6 +167,8 @@ class CBO(AbstractSolver):
             "polarized": Polarized,
             "jumps": Jumps,
             "kick": Kick,
+            "penalty": Penalty,
+            "constraint_drift": ConstraintDrift,
             "polish": Polish,
             "mesh": Mesh,
         }
@@ -258,6 +195,13 @@ class CBO(AbstractSolver):
                     f"CBO: projection and {name} are both given, expected one of them: "
                     f"{name} would leave the set"
                 )
+        if self.polish is not None:
+            for name in ("penalty", "constraint_drift"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"CBO: {name} and polish are both given, expected one of them: the "
+                        "polishing solver does not know the constraints"
+                    )
         if self.gradient is not None and (self.mirror is not None or self.batch is not None):
             raise ValueError(
                 "CBO: gradient is given together with mirror or batch, expected neither of them"
@@ -289,6 +233,7 @@ class CBO(AbstractSolver):
             result=RESULTS.max_steps_reached,
             swarm=swarm,
             personal=None if self.memory is None else Personal(swarm, energies),
+            penalty=None if self.penalty is None else self.penalty.init(point.dtype),
             consensus=value,
             alpha=nan,
             spread=nan,
@@ -317,8 +262,27 @@ class CBO(AbstractSolver):
             (energies, aux), gradients = differentiated(rows)
             return energies, aux, gradients
 
-        energies, aux, gradients = evaluate(self._rows(state))
-        new, info = self._advance(state, energies, aux, gradients, lambda c: objective(c)[0])
+        rows, violation = self._rows(state), None
+        energies, aux, gradients = evaluate(rows)
+        if self.penalty is not None:
+            violated = self.penalty.violation
+
+            def violation(row):
+                return violated(unravel(row), args)
+
+        def correct(rows, change):
+            dt, drift = jnp.asarray(self.dt, change.dtype), self.constraint_drift
+            return jax.vmap(lambda x, d: drift.corrected(unravel(x), args, d, dt))(rows, change)
+
+        new, info = self._advance(
+            state,
+            energies,
+            aux,
+            gradients,
+            lambda c: objective(c)[0],
+            violation,
+            None if self.constraint_drift is None else correct,
+        )
         if self.polish is None:
             return new, info
         return self._refined(self.polish, problem, args, new, info)
@@ -348,9 +312,10 @@ class CBO(AbstractSolver):
             The next state and what the step reports.
 
         Raises:
-            ValueError: A setting needs more than these values: `gradient`, `cutoff` or `polish`.
+            ValueError: A setting needs more than these values: `gradient`, `cutoff`, `penalty`,
+                `constraint_drift` or `polish`.
         """
-        for name in ("gradient", "cutoff", "polish"):
+        for name in ("gradient", "cutoff", "penalty", "constraint_drift", "polish"):
             if getattr(self, name) is not None:
                 raise ValueError(f"CBO.tell: {name} is given, expected None without a problem")
         return self._advance(state, jnp.asarray(energies, state.swarm.dtype), aux)
@@ -375,7 +340,17 @@ class CBO(AbstractSolver):
         return tree.where(same, state, fresh)
 
     def condition(self, problem):
-        """See `AbstractSolver.condition`; with `projection`, stationarity on its set."""
+        """See `AbstractSolver.condition`; with `projection`, stationarity on its set.
+
+        With `penalty` or `constraint_drift` the multipliers are not known: derivatives are NaN.
+        """
+        if self.penalty is not None or self.constraint_drift is not None:
+
+            def unknown(value, args):
+                objective = problem.objective(value, args)[0]
+                return jax.tree.map(lambda leaf: leaf * objective * jnp.nan, value)
+
+            return implicit.Root(unknown)
         if self.projection is None:
             return problem.condition()
         project = self.projection
@@ -386,22 +361,46 @@ class CBO(AbstractSolver):
 
     # ---- one step ----
 
-    def _advance(self, state, energies, aux, gradients=None, objective=None):
+    def _advance(
+        self,
+        state,
+        energies,
+        aux,
+        gradients=None,
+        objective=None,
+        violation=None,
+        correct=None,
+    ):
         """Everything after the evaluation of the particles."""
         primal, rows = self._primal(state.swarm, state.value), self._batch(state)
-        better, (value, best, aux) = self._best(state, primal[rows], energies, aux)
+        violations, energy = None, objective
+        if violation is not None:
+            violations = jax.vmap(violation)(primal[rows])
+            weight = state.penalty.weight
 
-        known = self._known(energies, rows)
+            def energy(row):
+                return objective(row) + weight * violation(row)
+
+        better, (value, best, aux, violated) = self._best(
+            state, primal[rows], energies, aux, violations
+        )
+        penalized = energies if violations is None else energies + weight * violations
+        known = self._known(penalized, rows)
         personal = self._remembered(state.personal, primal, known)
         agreed = self._agree(state, primal, personal, known)
         pull = agreed.distance
         if self.cutoff is not None and objective is not None:
-            pull *= self.cutoff.factor(known - objective(agreed.consensus))[:, None]
+            pull *= self.cutoff.factor(known - energy(agreed.consensus))[:, None]
         change = self._shaken(state, agreed) - self._per_time(self.drift, pull)
         if personal is not None:
             change += self._recalled(state, primal - personal.points, self.memory)
         if gradients is not None:
             change -= self._per_time(self.gradient, gradients)
+        if correct is not None:
+            change = correct(primal, change)
+        penalty = state.penalty
+        if violations is not None:
+            penalty = self.penalty.adapted(penalty, agreed.weight[rows], violations, violated)
 
         spread = jnp.mean(jnp.sqrt(jnp.max(jnp.abs(agreed.distance), axis=1))) ** 2
         since_best = jnp.where(better, 0, state.since_best + 1)
@@ -414,6 +413,7 @@ class CBO(AbstractSolver):
             result=state.result,
             swarm=self._moved(state, change, rows, since_best),
             personal=personal,
+            penalty=penalty,
             consensus=ravel_pytree(state.value)[1](agreed.consensus),
             alpha=agreed.alpha,
             spread=spread,
@@ -443,12 +443,12 @@ class CBO(AbstractSolver):
     def _primal(self, swarm, value):
         if self.mirror is None:
             return swarm
-        return _rowwise(self.mirror, swarm, value)
+        return _rowwise(self.mirror, value, swarm)
 
     def _feasible(self, swarm, value):
         if self.projection is None:
             return swarm
-        return _rowwise(self.projection, swarm, value)
+        return _rowwise(self.projection, value, swarm)
 
     def _placed(self, swarm):
         """Sharded over the first axis of the mesh."""
@@ -459,16 +459,27 @@ class CBO(AbstractSolver):
         along = NamedSharding(automatic, PartitionSpec(names[0]))
         return jax.lax.with_sharding_constraint(swarm, along)
 
-    def _best(self, state, rows, energies, aux):
-        """Whether one of the particles is the best ever, and the best value, objective, aux."""
+    def _best(self, state, rows, energies, aux, violations):
+        """Whether a particle is the best ever; the best value, objective, aux and violation."""
         ranked = jnp.where(jnp.isnan(energies), jnp.inf, energies)
-        index = jnp.argmin(ranked)
-        better = ranked[index] < state.objective
+        if violations is None:
+            index = jnp.argmin(ranked)
+            better = ranked[index] < state.objective
+            violation = old_violation = jnp.zeros((), energies.dtype)
+        else:
+            old_violation = state.penalty.violation
+            beyond, ranked = self.penalty.ranked(energies, violations)
+            least = jnp.min(beyond)
+            index = jnp.argmin(jnp.where(beyond == least, ranked, jnp.inf))
+            old = self.penalty.ranked(state.objective[None], old_violation[None])[0, 0]
+            smaller = (least == old) & (ranked[index] < state.objective)
+            better = ((least < old) | smaller) & (ranked[index] < jnp.inf)
+            violation = violations[index]
         found = ravel_pytree(state.value)[1](rows[index])
         return better, tree.where(
             better,
-            (found, ranked[index], jax.tree.map(lambda leaf: leaf[index], aux)),
-            (state.value, state.objective, state.aux),
+            (found, ranked[index], jax.tree.map(lambda leaf: leaf[index], aux), violation),
+            (state.value, state.objective, state.aux, old_violation),
         )
 
     def _known(self, energies, rows):
@@ -535,6 +546,9 @@ class CBO(AbstractSolver):
 
     def _moved(self, state, change, rows, since_best):
         """The swarm after the step; a coordinate that would overflow stays where it is."""
+        tangent = getattr(self.projection, "tangent", None)
+        if tangent is not None:
+            change = _rowwise(tangent, state.value, state.swarm, change)
         moved = state.swarm + change
         if self.kick is not None:
             draws = self._draws(state, KICK, change.shape, change.dtype)
@@ -593,7 +607,7 @@ class CBO(AbstractSolver):
             objective=new.objective,
             optimality=new.optimality,
             optimality_scale=jnp.zeros((), dtype),
-            feasibility=jnp.zeros((), dtype),
+            feasibility=jnp.zeros((), dtype) if new.penalty is None else new.penalty.violation,
             step_size=jnp.linalg.norm(agreed.consensus - ravel_pytree(old.consensus)[0]),
             value_change=old.objective - new.objective,
             accepted=better,
@@ -626,7 +640,7 @@ def _stream(state: CBOState, stream: int):
     return fold(_key(state), state.steps.astype(jnp.uint32) * jnp.uint32(8) + jnp.uint32(stream))
 
 
-def _rowwise(fun, swarm, value):
-    """Apply a function of one particle to each row."""
+def _rowwise(fun, value, *rows):
+    """Apply a function of particles like `value` to each row."""
     unravel = ravel_pytree(value)[1]
-    return jax.vmap(lambda row: ravel_pytree(fun(unravel(row)))[0])(swarm)
+    return jax.vmap(lambda *each: ravel_pytree(fun(*map(unravel, each)))[0])(*rows)

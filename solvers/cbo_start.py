@@ -12,6 +12,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxopt_ext.core import check, tree
 from jaxopt_ext.core.solver import Number
+from jaxopt_ext.solvers.cbo_sobol import sobol
 
 
 @runtime_checkable
@@ -60,17 +61,23 @@ class Uniform(eqx.Module):
     Args:
         lower: Lower bounds: a number, or a PyTree like `init`.
         upper: Upper bounds, above the lower ones.
-        latin: Whether each coordinate is stratified (a Latin hypercube).
+        design: "random" for independent particles, "latin" for a Latin hypercube (each coordinate
+            is stratified), "sobol" for a Sobol sequence under a random digital shift, in at most
+            64 dimensions; best with a power of two particles.
 
     Raises:
-        ValueError: The box is empty, or a bound is not finite.
+        ValueError: The box is empty, a bound is not finite, or the design is none of these.
     """
 
     lower: PyTree
     upper: PyTree
-    latin: bool = eqx.field(static=True, default=False)
+    design: str = eqx.field(static=True, default="random")
 
     def __check_init__(self):
+        if self.design not in ("random", "latin", "sobol"):
+            raise ValueError(
+                f'Uniform: design is {self.design!r}, expected "random", "latin" or "sobol"'
+            )
         lower, upper = jax.tree.leaves(self.lower), jax.tree.leaves(self.upper)
         if any(isinstance(leaf, Tracer) for leaf in lower + upper):
             return
@@ -89,7 +96,11 @@ class Uniform(eqx.Module):
         lower, upper = self._bound(value, self.lower), self._bound(value, self.upper)
         keys = jax.random.split(key)
         share = jax.random.uniform(keys[0], (number, point.size), point.dtype)
-        if self.latin:
+        if self.design == "sobol":
+            shift = jax.random.bits(keys[1], (1, point.size), jnp.uint32)
+            # the 24 leading bits are what float32 can hold
+            share = ((sobol(number, point.size) ^ shift) >> 8).astype(point.dtype) / 2**24
+        if self.design == "latin":
             strata = jnp.broadcast_to(jnp.arange(number)[:, None], share.shape)
             strata = jax.random.permutation(keys[1], strata, axis=0, independent=True)
             share = (strata.astype(point.dtype) + share) / number

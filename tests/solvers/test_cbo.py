@@ -332,7 +332,7 @@ def test_starts_fill_what_they_say():
     assert box["a"].shape == (500, 3) and box["b"].shape == (500,)
     assert bool(jnp.all((box["a"] >= jnp.arange(3.0)[None]) & (box["a"] < 4)))
     assert float(jnp.min(box["b"])) < -0.9 and float(jnp.max(box["b"])) > 3.9
-    latin = cbo.Uniform(0.0, 1.0, latin=True)(KEY, jnp.zeros(4), 50)
+    latin = cbo.Uniform(0.0, 1.0, design="latin")(KEY, jnp.zeros(4), 50)
     cells = jnp.sort(jnp.floor(latin * 50), axis=0)
     np.testing.assert_array_equal(cells, jnp.broadcast_to(jnp.arange(50.0)[:, None], (50, 4)))
     normal = cbo.Normal(2.0)(KEY, value, 2000)
