@@ -160,16 +160,17 @@ def test_pareto_front_covers_the_segment_between_two_minimizers():
     def both(y, ends):
         return jnp.sum((y[None] - ends) ** 2, axis=1)
 
-    solver = CBO(particles=100, sigma=4.0, alpha=1e5, start=cbo.Uniform(-3.0, 3.0))
+    solver = CBO(particles=100, sigma=6.0, alpha=1e5, start=cbo.Uniform(-3.0, 3.0))
     front = cbo.pareto_front(both, solver, jnp.zeros(2), ends, key=KEY, max_steps=600)
     along = (front.values - ends[1][None]) @ (ends[0] - ends[1]) / jnp.sum((ends[0] - ends[1]) ** 2)
     nearest = ends[1][None] + jnp.clip(along, 0, 1)[:, None] * (ends[0] - ends[1])[None]
-    assert float(jnp.median(jnp.linalg.norm(front.values - nearest, axis=1))) < 0.02
+    # an error across the segment enters the scalarization in second order only
+    assert float(jnp.median(jnp.linalg.norm(front.values - nearest, axis=1))) < 0.06
     # each particle is where its own weights balance the two: w₁ t² = w₂ (1 − t)²
     w = front.preferences
     exact = jnp.sqrt(w[:, 1]) / (jnp.sqrt(w[:, 0]) + jnp.sqrt(w[:, 1]))
-    assert float(jnp.median(jnp.abs(1 - along - exact))) < 0.02
-    assert float(jnp.mean(front.efficient)) > 0.3
+    assert float(jnp.median(jnp.abs(1 - along - exact))) < 0.01
+    assert float(jnp.mean(front.efficient)) > 0.9
     assert float(jnp.min(along)) < 0.15 and float(jnp.max(along)) > 0.85
     assert int(front.evaluations) == 60_100
 
