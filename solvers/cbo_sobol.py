@@ -120,7 +120,7 @@ def sobol(number: int, dimensions: int) -> UInt32[Array, "number dimensions"]:
 
     Example:
         >>> from jaxopt_ext.solvers import cbo_sobol
-        >>> print(cbo_sobol.sobol(4, 2) / 2**32)
+        >>> print(cbo_sobol.sobol(4, 2) / 2.0**32)
         [[0.   0.  ]
          [0.5  0.5 ]
          [0.75 0.25]
