@@ -166,6 +166,17 @@ def scheduled(setting: Schedule, step: Int[Array, ""], dtype) -> Float[Array, ""
     return jnp.asarray(setting(step) if callable(setting) else setting).astype(dtype)
 
 
+def temperature(
+    setting: Schedule | EffectiveSampleSize,
+    energies: Float[Array, " particles"],
+    step: Int[Array, ""],
+) -> Float[Array, ""]:
+    """α of a step, from a number, a schedule or the effective sample size."""
+    if isinstance(setting, EffectiveSampleSize):
+        return setting.at(energies)
+    return scheduled(setting, step, energies.dtype)
+
+
 def check_schedule(owner: str, name: str, setting, **limits) -> None:
     """Accept a callable, or a number within `limits`."""
     if not callable(setting):

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxopt_ext.core import check
-from jaxopt_ext.solvers.cbo_consensus import EffectiveSampleSize, exponents, scheduled
+from jaxopt_ext.solvers.cbo_consensus import exponents, scheduled, temperature
 from jaxopt_ext.solvers.cbo_noise import fold
 from jaxopt_ext.solvers.cbo_solver import CBO
 
@@ -126,7 +126,7 @@ def pareto_front(
     check.count("pareto_front", "max_steps", max_steps)
     value = check.variables("init", init)
     state = solver.init(None, value, None, key)
-    unravel = ravel_pytree(value)[1]
+    unravel, project = ravel_pytree(value)[1], solver.projection
 
     def evaluate(swarm):
         return jax.vmap(lambda row: objectives(unravel(row), args))(swarm)
@@ -141,8 +141,7 @@ def pareto_front(
 
     @jax.vmap
     def softmax(energies, step):
-        adaptive = isinstance(solver.alpha, EffectiveSampleSize)
-        alpha = solver.alpha.at(energies) if adaptive else scheduled(solver.alpha, step, dtype)
+        alpha = temperature(solver.alpha, energies, step)
         return jax.nn.softmax(exponents(energies, alpha))
 
     def step(number, swarm):
@@ -156,9 +155,9 @@ def pareto_front(
         noise = solver.noise(distance, draws, jnp.mean(share, axis=0))
         moved = swarm - jnp.asarray(solver.drift, dtype) * dt * distance + scale * noise
         moved = jnp.where(jnp.isfinite(moved), moved, swarm)
-        if solver.projection is None:
+        if project is None:
             return moved
-        return jax.vmap(lambda row: ravel_pytree(solver.projection(unravel(row)))[0])(moved)
+        return jax.vmap(lambda row: ravel_pytree(project(unravel(row)))[0])(moved)
 
     swarm = jax.lax.fori_loop(0, max_steps, step, state.swarm)
     values = evaluate(swarm)

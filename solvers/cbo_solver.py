@@ -29,6 +29,7 @@ from jaxopt_ext.solvers.cbo_consensus import (
     check_schedule,
     effective_sample_size,
     scheduled,
+    temperature,
     weights,
 )
 from jaxopt_ext.solvers.cbo_constraints import ConstraintDrift, Penalty
@@ -262,26 +263,21 @@ class CBO(AbstractSolver):
             (energies, aux), gradients = differentiated(rows)
             return energies, aux, gradients
 
-        rows, violation = self._rows(state), None
-        energies, aux, gradients = evaluate(rows)
-        if self.penalty is not None:
-            violated = self.penalty.violation
+        penalty, drift = self.penalty, self.constraint_drift
 
-            def violation(row):
-                return violated(unravel(row), args)
+        violation = None
+        if penalty is not None:
+            violation = lambda row: penalty.violation(unravel(row), args)  # noqa: E731
 
         def correct(rows, change):
-            dt, drift = jnp.asarray(self.dt, change.dtype), self.constraint_drift
+            if drift is None:
+                return change
+            dt = jnp.asarray(self.dt, change.dtype)
             return jax.vmap(lambda x, d: drift.corrected(unravel(x), args, d, dt))(rows, change)
 
+        energies, aux, gradients = evaluate(self._rows(state))
         new, info = self._advance(
-            state,
-            energies,
-            aux,
-            gradients,
-            lambda c: objective(c)[0],
-            violation,
-            None if self.constraint_drift is None else correct,
+            state, energies, aux, gradients, lambda c: objective(c)[0], violation, correct
         )
         if self.polish is None:
             return new, info
@@ -373,24 +369,22 @@ class CBO(AbstractSolver):
     ):
         """Everything after the evaluation of the particles."""
         primal, rows = self._primal(state.swarm, state.value), self._batch(state)
-        violations, energy = None, objective
-        if violation is not None:
+        violations, penalized = None, energies
+        if self.penalty is not None and violation is not None:
             violations = jax.vmap(violation)(primal[rows])
-            weight = state.penalty.weight
-
-            def energy(row):
-                return objective(row) + weight * violation(row)
-
+            penalized = energies + state.penalty.weight * violations
         better, (value, best, aux, violated) = self._best(
             state, primal[rows], energies, aux, violations
         )
-        penalized = energies if violations is None else energies + weight * violations
         known = self._known(penalized, rows)
         personal = self._remembered(state.personal, primal, known)
         agreed = self._agree(state, primal, personal, known)
         pull = agreed.distance
         if self.cutoff is not None and objective is not None:
-            pull *= self.cutoff.factor(known - energy(agreed.consensus))[:, None]
+            there = objective(agreed.consensus)
+            if violations is not None and violation is not None:
+                there += state.penalty.weight * violation(agreed.consensus)
+            pull *= self.cutoff.factor(known - there)[:, None]
         change = self._shaken(state, agreed) - self._per_time(self.drift, pull)
         if personal is not None:
             change += self._recalled(state, primal - personal.points, self.memory)
@@ -399,7 +393,7 @@ class CBO(AbstractSolver):
         if correct is not None:
             change = correct(primal, change)
         penalty = state.penalty
-        if violations is not None:
+        if self.penalty is not None and violations is not None:
             penalty = self.penalty.adapted(penalty, agreed.weight[rows], violations, violated)
 
         spread = jnp.mean(jnp.sqrt(jnp.max(jnp.abs(agreed.distance), axis=1))) ** 2
@@ -462,7 +456,7 @@ class CBO(AbstractSolver):
     def _best(self, state, rows, energies, aux, violations):
         """Whether a particle is the best ever; the best value, objective, aux and violation."""
         ranked = jnp.where(jnp.isnan(energies), jnp.inf, energies)
-        if violations is None:
+        if self.penalty is None or violations is None:
             index = jnp.argmin(ranked)
             better = ranked[index] < state.objective
             violation = old_violation = jnp.zeros((), energies.dtype)
@@ -495,7 +489,7 @@ class CBO(AbstractSolver):
         if personal is not None:
             points = personal.points
             energies = jnp.where(known < jnp.inf, personal.energies, jnp.inf)
-        alpha = self._alpha(state, energies)
+        alpha = temperature(self.alpha, energies, state.steps)
         weight = weights(energies, alpha)
         previous = ravel_pytree(state.consensus)[0]
         consensus = jnp.where(jnp.any(weight > 0), weight @ points, previous)
@@ -512,11 +506,6 @@ class CBO(AbstractSolver):
             jnp.where(better[:, None], primal, personal.points),
             jnp.where(better, known, personal.energies),
         )
-
-    def _alpha(self, state, energies):
-        if isinstance(self.alpha, EffectiveSampleSize):
-            return self.alpha.at(energies)
-        return scheduled(self.alpha, state.steps, energies.dtype)
 
     def _per_time(self, rate, direction):
         dtype = direction.dtype
