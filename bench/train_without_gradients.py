@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 import jaxopt_ext as jx
 from jaxopt_ext.bench import datasets
@@ -79,18 +79,18 @@ def split(dataset: datasets.Dataset) -> tuple[Digits, Digits]:
     return Digits(images[:number], labels[:number]), Digits(images[number:], labels[number:])
 
 
-def logits(weights: dict[str, Array], images: Array) -> Array:
+def logits(weights: PyTree, images: Array) -> Array:
     """The network: one layer."""
     return images @ weights["matrix"] + weights["bias"][None]
 
 
-def loss(weights: dict[str, Array], batch: Digits) -> Float[Array, ""]:
+def loss(weights: PyTree, batch: Digits) -> Float[Array, ""]:
     """Mean cross-entropy of a batch."""
     log = jax.nn.log_softmax(logits(weights, batch.images))
     return -jnp.mean(jnp.take_along_axis(log, batch.labels[:, None], axis=1))
 
 
-def accuracy(weights: dict[str, Array], digits: Digits) -> Float[Array, ""]:
+def accuracy(weights: PyTree, digits: Digits) -> Float[Array, ""]:
     """Share of digits that are classified correctly."""
     return jnp.mean(jnp.argmax(logits(weights, digits.images), axis=1) == digits.labels)
 
@@ -118,10 +118,9 @@ def train(training: Digits, test: Digits, epochs: int, seed: int = 0) -> list[Po
         lambda step: WIDTH * SHRINKING**step, cbo.EffectiveSampleSize(0.2), PARTICLES
     )
     optimizer = optax.adam(1e-3)
-    problem = jx.Minimization(loss).trace(
-        weights, jax.tree.map(lambda leaf: leaf[:SAMPLES], training)
-    )
-    state = solver.init(None, weights, None, key)
+    first = jax.tree.map(lambda leaf: leaf[:SAMPLES], training)
+    problem = jx.Minimization(loss).trace(weights, first)
+    state = solver.init(problem, weights, first, key)
 
     def batches_of(epoch):
         order = jax.random.permutation(jax.random.fold_in(key, epoch), len(training.labels))

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxopt_ext.core import check
+from jaxopt_ext.core.problem import Minimization
 from jaxopt_ext.solvers.cbo_consensus import exponents, scheduled, temperature
 from jaxopt_ext.solvers.cbo_noise import fold
 from jaxopt_ext.solvers.cbo_solver import CBO
@@ -125,8 +126,9 @@ def pareto_front(
             raise ValueError(f"pareto_front: solver.{name} is given, expected None")
     check.count("pareto_front", "max_steps", max_steps)
     value = check.variables("init", init)
-    state = solver.init(None, value, None, key)
-    unravel, project = ravel_pytree(value)[1], solver.projection
+    scalar = Minimization(lambda value, args: jnp.sum(objectives(value, args)))
+    state = solver.init(scalar, value, args, key)
+    unravel = ravel_pytree(value)[1]
 
     def evaluate(swarm):
         return jax.vmap(lambda row: objectives(unravel(row), args))(swarm)
@@ -155,6 +157,7 @@ def pareto_front(
         noise = solver.noise(distance, draws, jnp.mean(share, axis=0))
         moved = swarm - jnp.asarray(solver.drift, dtype) * dt * distance + scale * noise
         moved = jnp.where(jnp.isfinite(moved), moved, swarm)
+        project = solver.projection
         if project is None:
             return moved
         return jax.vmap(lambda row: ravel_pytree(project(unravel(row)))[0])(moved)

@@ -263,13 +263,14 @@ class CBO(AbstractSolver):
             (energies, aux), gradients = differentiated(rows)
             return energies, aux, gradients
 
-        penalty, drift = self.penalty, self.constraint_drift
+        penalty = self.penalty
 
         violation = None
         if penalty is not None:
             violation = lambda row: penalty.violation(unravel(row), args)  # noqa: E731
 
         def correct(rows, change):
+            drift = self.constraint_drift
             if drift is None:
                 return change
             dt = jnp.asarray(self.dt, change.dtype)
