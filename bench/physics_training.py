@@ -353,7 +353,7 @@ def programs(setting: Setting) -> Programs:
 
         zero = dict.fromkeys(("loss", "steps", "slowest", "failed", "jump"), jnp.zeros(()))
         state, sums = jax.lax.fori_loop(0, count, body, (state, zero))
-        return state, jax.tree.map(lambda v: v / count, sums)
+        return state, jax.tree.map(lambda v: v / jnp.maximum(count, 1).astype(v.dtype), sums)
 
     parameters = test_parameters(equation)
     exact = jax.jit(jax.vmap(equation.reference))(parameters).reshape(TESTS, -1)

@@ -74,7 +74,18 @@ class Suite(NamedTuple):
         )
 
 
-NAMES = ("smooth", "glm", "nlp", "blackbox", "implicit", "transform", "scale", "sso", "bilevel")
+NAMES = (
+    "smooth",
+    "glm",
+    "nlp",
+    "blackbox",
+    "implicit",
+    "transform",
+    "scale",
+    "sso",
+    "bilevel",
+    "physics",
+)
 
 
 def load(name: str) -> Suite:

@@ -62,6 +62,28 @@ def _rule(name: str, kinds: tuple[str, ...], solver: str = "", tight: bool = Fal
     return Contender("jaxopt", "custom_root", kinds, make, setting=name, module="jaxopt")
 
 
+def _layer(problem: Any, budget: Budget, **options: Any):
+    """A constraint layer: Levenberg-Marquardt with implicit differentiation."""
+    import jaxopt
+
+    def rule(init, args):
+        solver = jaxopt.LevenbergMarquardt(
+            problem.residual, maxiter=budget.steps, tol=budget.tolerance, **options
+        )
+        return solver.run(init, args).params
+
+    return rule
+
+
+def _dense_layer(problem: Any, budget: Budget):
+    """The same with a materialized Jacobian, and LU in the backward pass."""
+    from jaxopt.linear_solve import solve_lu
+
+    return _layer(
+        problem, budget, materialize_jac=True, solver="cholesky", implicit_diff_solve=solve_lu
+    )
+
+
 def _line_search(problem: Supervised, budget: Budget) -> Any:
     """SGD with Armijo's line search (SLS); the largest step size is a number of the grid."""
     import jaxopt
@@ -155,6 +177,8 @@ CONTENDERS = (
     _contender("LevenbergMarquardt", "least_squares", _solver("LevenbergMarquardt", "residual")),
     _contender("ArmijoSGD", KIND, _line_search, random=True),
     _contender("GradientDescent", "deterministic", lambda problem, budget: ImplicitLoop(problem)),
+    _contender("LevenbergMarquardt layer", "layer", _layer),
+    _contender("LevenbergMarquardt layer", "layer", _dense_layer, setting="dense"),
     _rule("default", ("hypergradient",)),
     _rule("normal CG, tight", ("hypergradient",), "solve_normal_cg", tight=True),
     _rule("CG, tight", ("ridge",), "solve_cg", tight=True),

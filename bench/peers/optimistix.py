@@ -82,7 +82,27 @@ def _rule(name: str, kinds: tuple[str, ...], tag: str = "", solver: str = "") ->
     )
 
 
+def _layer(name: str) -> Contender:
+    """A constraint layer, with its default `ImplicitAdjoint`."""
+
+    def make(problem: Any, budget: Budget):
+        import optimistix
+
+        solver = getattr(optimistix, name)(rtol=budget.tolerance, atol=budget.tolerance)
+
+        def rule(init, args):
+            return optimistix.least_squares(
+                problem.residual, solver, init, args=args, max_steps=budget.steps, throw=False
+            ).value
+
+        return rule
+
+    return Contender("optimistix", f"{name} layer", ("layer",), make, module="optimistix")
+
+
 CONTENDERS = (
+    _layer("LevenbergMarquardt"),
+    _layer("GaussNewton"),
     *_contenders("BFGS", "smooth", "minimise", "fun"),
     *_contenders("LevenbergMarquardt", "least_squares", "least_squares", "residual"),
     _rule("default", ("hypergradient",)),

@@ -61,7 +61,10 @@ class Problem(eqx.Module):
         Raises:
             TypeError: The problem has none; see `has_objective`.
         """
-        raise TypeError(f"{type(self).__name__} has no objective")
+        raise TypeError(
+            f"{type(self).__name__} has no objective; take its conditions, or a problem with "
+            "has_objective"
+        )
 
     @abc.abstractmethod
     def condition(self) -> implicit.Condition:
