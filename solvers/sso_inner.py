@@ -351,7 +351,8 @@ class Subsolver(InnerSolver):
             )
         if not issubclass(ComposedMinimization, self.solver.accepts):
             raise TypeError(
-                f"Subsolver: {type(self.solver).__name__} does not accept ComposedMinimization"
+                f"Subsolver: solver is {type(self.solver).__name__}, expected one that accepts "
+                "ComposedMinimization"
             )
         if self.solver.needs_key:
             raise ValueError(
