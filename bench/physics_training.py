@@ -629,9 +629,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--methods", default="soft,global,experts,coupled")
     parser.add_argument("--report", type=Path, help="print the table of the runs in this folder")
+    parser.add_argument("--picture", type=Path, help="with --report, draw the first seed's fields")
     options = parser.parse_args(arguments)
     if options.report is not None:
-        print(table(read(options.report)))
+        results = read(options.report)
+        print(table(results), end="")
+        if options.picture is not None:
+            jax.config.update("jax_enable_x64", True)
+            weights = list(SCALINGS["diffusion"][-1])
+            picture(
+                [
+                    one
+                    for one in results
+                    if one["setting"]["equation"] == "diffusion"
+                    and one["setting"]["seed"] == 0
+                    and one["setting"]["weights"] == weights
+                    and np.prod(one["setting"]["splits"]) in (1, 4)
+                ],
+                options.report,
+                options.picture,
+            )
         return
     if options.equation is None:
         parser.error(f"equation is missing, expected one of {', '.join(EQUATIONS)}")
