@@ -227,7 +227,10 @@ class BlockPreconditioner(Preconditioner):
         top, rows = v[: system.size], v[system.size :]
         units = system.units
         if units is None:
-            raise ValueError("BlockPreconditioner: the system does not say what its vectors are")
+            raise ValueError(
+                "BlockPreconditioner: the system's units are None, expected a system that says what "
+                "its vectors are, as those of SketchedNewtonAL do"
+            )
         # of the scaled program W is o W and J is R J
         objective = jnp.sqrt(units.scaling.objective)
         if self.variables is None:

@@ -66,9 +66,9 @@ def _f2sa(p: BilevelProblem, **settings: Any):
 
 
 def _tuned(p: BilevelProblem) -> solvers.PenaltyBilevel:
-    """The best of 17 settings on another split of a part of mnist5k, with the same budget.
+    """The best of 15 settings on another split of a part of mnist5k, with the same budget.
 
-    Of six tried there for AID-CG the best were those of AID-CG-accelerated.
+    Of seven tried there for AID-CG the best were those of AID-CG-accelerated.
     """
     return solvers.PenaltyBilevel(
         sigma=3e-3,

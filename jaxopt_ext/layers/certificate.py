@@ -48,7 +48,7 @@ class Certificate(eqx.Module):
 
     @property
     def failed(self) -> Bool[Array, "*batch"]:
-        """Which experts failed; their answers are their starts, the others' are intact."""
+        """Which experts failed; their answers are not solutions, the others' are intact."""
         return ~self.report.ok
 
     @property

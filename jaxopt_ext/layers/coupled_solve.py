@@ -133,7 +133,8 @@ def solve_together(
     ok = finite & done
     # a blended field has parts of experts without rows of their own: all unknowns are kept
     kept = jnp.broadcast_to(done, ok.shape) if blended else ok
-    found = jax.tree.map(lambda a, b: jnp.where(_along(kept, a), a, b), found, value)
+    usable = jnp.ones_like(finite) if blended else finite
+    found = jax.tree.map(lambda a, b: jnp.where(_along(usable, a), a, b), found, value)
     report = _reports(constraint, problem, found, args, result, steps)
     report = eqx.tree_at(lambda r: r.ok, report, ok)
     args = eqx.tree_at(lambda a: a.experts.ok, args, ok)
@@ -438,7 +439,8 @@ def solve_in_turn(
         report,
         (ok, result, jnp.broadcast_to(sweeps, ok.shape)),
     )
-    found = jax.tree.map(lambda a, b: jnp.where(_along(ok, a), a, b), found, value)
+    usable = jax.vmap(tree.all_finite)(found)
+    found = jax.tree.map(lambda a, b: jnp.where(_along(usable, a), a, b), found, value)
 
     def equilibrium(value, local, own, faces, shared):
         """Each expert's gradient, with its neighbours' traces as they are."""

@@ -181,7 +181,8 @@ class HardConstraint(eqx.Module):
                 )
             if not issubclass(kind, self.solver.accepts):
                 raise TypeError(
-                    f"{name}: {type(self.solver).__name__} does not accept {kind.__name__} problems"
+                    f"{name}: solver is {type(self.solver).__name__}, expected one that accepts "
+                    f"{kind.__name__} problems"
                 )
             if self.linear:
                 raise ValueError(f"{name}: solver is given, expected None because linear=True")
@@ -228,7 +229,7 @@ class HardConstraint(eqx.Module):
         report = self.report(
             y, packed, found.result, found.steps, found.optimality, _violation(problem, y, packed)
         )
-        y = tree.where(report.ok, y, value)
+        y = tree.where(tree.all_finite(y), y, value)  # the best point found, even if not solved
         packed = eqx.tree_at(lambda p: p.ok, packed, report.ok)
         condition, unknowns = problem.condition(), problem.variables(y, multipliers)
         checked = None if key is None else audit(condition, unknowns, packed, found.inverse, key)

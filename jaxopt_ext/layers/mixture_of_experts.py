@@ -54,8 +54,9 @@ class MixtureOfExperts(eqx.Module):
     With `Schwarz` the experts are solved again and again with their neighbours' traces as boundary
     values, and with a `PartitionOfUnity` the residual is that of one field blended from all.
 
-    An expert that fails (NaN, singular, not converged) keeps its start, is flagged in
-    `report.ok`, and drops its cotangents, so the gradients of the others stay right.
+    An expert that fails (NaN, singular, not converged) returns the best point it found, its start
+    if there is none, is flagged in `report.ok`, and drops its cotangents, so the gradients of the
+    others stay right.
 
     Args:
         constraint: What each expert solves. Its residual is called as r(variables, (local,

@@ -23,9 +23,7 @@ class STATUS(eqx.Enumeration):
     rank_deficient = "The rows leave some direction of the unknowns to the ridge."
     underdetermined = "Fewer rows than unknowns; a small residual is no evidence."
     empty = "No row counts; the answer is that of the ridge alone."
-    failed = (
-        "Not finite or not converged, see `result`; the answer is the start and has no derivative."
-    )
+    failed = "Not finite or not converged, see `result`; the answer has no derivative."
 
 
 def status_names() -> dict[int, str]:
@@ -38,8 +36,8 @@ class ConstraintReport(eqx.Module):
     """How well the constraint holds, and what may be wrong; one entry per solve of a batch.
 
     Attributes:
-        ok: Whether the solve succeeded. Where it did not, `value` is the best finite point and
-            carries no derivative.
+        ok: Whether the solve succeeded. Where it did not, `value` is the best finite point found,
+            or the start, and carries no derivative.
         result: How the solve ended, a member of `RESULTS`.
         steps: Steps of the solver; 1 for linear rows.
         optimality: max_j |J_jᵀr| / (‖J_j‖ ‖r‖), the largest cosine between a column of the

@@ -195,6 +195,20 @@ def test_a_failed_solve_is_flagged_and_spoils_nothing(kind):
     assert bool((report.result == names)[1])
 
 
+def test_an_unfinished_solve_returns_its_best_point_without_derivative():
+    theta, level = problems.parameters()
+    layer = layers.HardConstraint(problems.nonlinear, max_steps=3)
+
+    def solve(theta):
+        found = layer(START + 2.0, ((theta, level), X))
+        return jnp.sum(found.value), found
+
+    slope, found = jax.jit(jax.grad(solve, has_aux=True))(theta)
+    assert not bool(found.report.ok) and float(slope) == 0
+    at_start = layer.check(START + 2.0, ((theta, level), X))
+    assert float(found.report.rms_residual["equation"]) < float(at_start.rms_residual["equation"])
+
+
 def test_check_judges_points_that_were_held_out():
     layer, parameters = LAYERS["linear"], problems.parameters()
     found = layer(START, (parameters, X[::2]))
@@ -216,7 +230,7 @@ def test_bad_input_is_refused_by_name():
         layers.HardConstraint(3)
     with pytest.raises(ValueError, match="ridge is -1, expected a number >= 0"):
         layers.HardConstraint(problems.affine, ridge=-1.0)
-    with pytest.raises(TypeError, match="SketchedNewtonAL does not accept LeastSquares"):
+    with pytest.raises(TypeError, match="SketchedNewtonAL, expected one that accepts Least"):
         layers.HardConstraint(problems.affine, solvers.SketchedNewtonAL())
     with pytest.raises(ValueError, match=r"mask names \['pde'\], expected blocks"):
         layer(START, (parameters, X), {"pde": X > 0})
