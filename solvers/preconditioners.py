@@ -228,8 +228,8 @@ class BlockPreconditioner(Preconditioner):
         units = system.units
         if units is None:
             raise ValueError(
-                "BlockPreconditioner: the units of the system are None, expected a system that says "
-                "what its vectors are, as those of SketchedNewtonAL do"
+                "BlockPreconditioner: the system has no units, expected one that says what its "
+                "vectors are, as those of SketchedNewtonAL do"
             )
         # of the scaled program W is o W and J is R J
         objective = jnp.sqrt(units.scaling.objective)
