@@ -109,7 +109,7 @@ def curl(potential: Callable[[Array], Array]) -> Callable:
             functions); in three, A(point) → array with the components along its last axis.
 
     Returns:
-        v(point), with the components along its last axis: (∂ψ/∂y, −∂ψ/∂x) or ∇ × A.
+        A function of the point whose last axis has the components (∂ψ/∂y, −∂ψ/∂x) or ∇ × A.
 
     Raises:
         ValueError: (when called) the point has not two or three coordinates.
