@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxopt_ext.core import check, tree
 from jaxopt_ext.core.problem import Problem
 from jaxopt_ext.core.solver import Number
+from jaxopt_ext.implicit.hoist import vary_like
 from jaxopt_ext.solvers.curvature import (
     Curvature,
     Diagonal,
@@ -314,7 +315,8 @@ class OperatorModel(HessianModel):
 
     def matrix(self, local: LocalProblem) -> Float[Array, "n n"]:
         """H, by default from n products."""
-        return jax.vmap(self.product(local))(jnp.eye(local.size, dtype=local.point.dtype))
+        basis = vary_like(jnp.eye(local.size, dtype=local.point.dtype), local.origin)
+        return jax.vmap(self.product(local))(basis)
 
     def rank(self, local: LocalProblem) -> int | None:
         """A bound r on the rank of H if `factor` is available, else `None`."""
