@@ -29,6 +29,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # with tables, unlike plain CommonMark
 
 # Docstrings are Google style; single backticks in them mean code.
 default_role = "code"
