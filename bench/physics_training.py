@@ -211,7 +211,7 @@ class Problem(NamedTuple):
         shared = {name: pick(jnp.asarray(blocks[name])) for name in cut.others}
         mask = {"equation": jnp.asarray(cut.mask)} | jax.tree.map(jnp.asarray, cut.others)
         first, rest = weights
-        by_block = {"equation": first} | dict.fromkeys(cut.others, rest)
+        by_block: dict[str, Any] = {"equation": first} | {name: rest for name in cut.others}
         # the rows do not vanish before the basis is good, and Gauss-Newton is slow until then
         solver = solvers.GradNormSmooth(solvers.ExactHessian(), radius=RADIUS, rtol=ACCURACY)
         layer = layers.HardConstraint(
@@ -347,7 +347,7 @@ def programs(setting: Setting) -> Programs:
                 state.network, batch(key, state.step), weights
             )
             change, memory = update(slope, state.memory)
-            network = optax.apply_updates(state.network, change)
+            network: Any = optax.apply_updates(state.network, change)
             sums = jax.tree.map(jnp.add, sums, {"loss": loss} | info)
             return Training(network, memory, state.step + 1), sums
 
