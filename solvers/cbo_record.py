@@ -25,9 +25,9 @@ class SwarmHistory(eqx.Module):
 
     particles: PyTree
     consensus: PyTree
-    objective: Float[Array, " steps"]
-    alpha: Float[Array, " steps"]
-    spread: Float[Array, " steps"]
+    objective: Float[Array, "*steps"]
+    alpha: Float[Array, "*steps"]
+    spread: Float[Array, "*steps"]
 
 
 def record(

@@ -116,7 +116,7 @@ def test_threefry_equals_the_published_test_vectors():
 def test_words_change_in_half_of_their_bits_with_any_bit_of_position_or_key():
     rng = np.random.default_rng(0)
     counter = jnp.arange(4096, dtype=jnp.uint32)
-    keys = rng.integers(0, 2**32, (4, 2), dtype=np.uint32)
+    keys = jnp.asarray(rng.integers(0, 2**32, (4, 2), dtype=np.uint32))
 
     def flipped(a, b):
         """Share of the words in which each of the 32 bits differs."""
@@ -125,7 +125,7 @@ def test_words_change_in_half_of_their_bits_with_any_bit_of_position_or_key():
     for first, second in keys:
         plain = cbo_noise.hashed((first, second), counter)
         assert len(set(np.asarray(plain).tolist())) == counter.size
-        for bit in (np.uint32(1 << i) for i in range(32)):
+        for bit in (jnp.uint32(1 << i) for i in range(32)):
             for other in (
                 cbo_noise.hashed((first, second), counter ^ bit),
                 cbo_noise.hashed((first ^ bit, second), counter),
