@@ -140,14 +140,14 @@ def test_a_batch_costs_its_slowest_lane():
 
 def test_ctrl_c_returns_the_best_point():
     def press_ctrl_c(now):
-        if int(now.steps) == 5:
+        if int(now.steps) >= 5:  # again, should Python lose one in a finalizer
             _thread.interrupt_main()
 
     found = jx.solve(
         SQUARE, Descent(), jnp.array([1.0]), stop=jx.Target(-1.0), callback=press_ctrl_c
     )
     assert found.result == jx.RESULTS.user_stopped
-    assert int(found.stats.steps) in (5, 6)
+    assert 5 <= int(found.stats.steps) <= 8
     np.testing.assert_allclose(found.value[0], 0.8 ** int(found.stats.steps))
 
 
