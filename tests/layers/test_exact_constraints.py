@@ -149,7 +149,7 @@ def test_same_under_vmap_and_shard_map_and_a_failure_spoils_nothing(kind):
 def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="linear is True, expected False with inequalities"):
         layers.HardConstraint(fit, linear=True, lower=0.0)
-    with pytest.raises(TypeError, match="GradNormSmooth does not accept NonlinearProgram"):
+    with pytest.raises(TypeError, match="solver is GradNormSmooth, expected one that accepts Nonl"):
         layers.HardConstraint(fit, solvers.GradNormSmooth(), lower=0.0)
     with pytest.raises(ValueError, match="no constraint is given, expected equality"):
         layers.Projection()
