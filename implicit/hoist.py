@@ -281,3 +281,17 @@ def vary_like(tree: PyTree, *others: PyTree) -> PyTree:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree)
+
+
+def cond(predicate: Array, true: Callable[[], PyTree], false: Callable[[], PyTree]) -> PyTree:
+    """`jax.lax.cond`; inside `shard_map` with tracked axes, a selection among both results.
+
+    Under `vmap` it is a selection anyway, and JAX's rule for that fails (jax 0.10) where a branch
+    reads an array that does not vary over the axes over which the predicate does.
+    """
+    axes = varying_axes(predicate)
+    if not axes:
+        return jax.lax.cond(predicate, true, false)
+    return jax.tree.map(
+        lambda a, b: jnp.where(predicate, a, b), *vary_like((true(), false()), predicate)
+    )

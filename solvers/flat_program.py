@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxopt_ext.core.problem import NonlinearProgram
 from jaxopt_ext.implicit import Multipliers
+from jaxopt_ext.implicit.hoist import vary_like
 
 DAMPING = 1e-5  # of the barrier, as in IPOPT
 
@@ -224,10 +225,15 @@ class FlatProgram:
             gradient, (objective, rows, aux) = jax.grad(lagrangian, has_aux=True)(y, multipliers)
             return (objective, gradient, rows), aux
 
+        y, multipliers = vary_like((y, multipliers), self.args)  # inside `shard_map`
         (objective, gradient, rows), tangent, aux = jax.linearize(
             parts, y, multipliers, has_aux=True
         )
-        return Evaluation(objective, gradient, rows, aux), tangent
+
+        def change(dy, drows):
+            return tangent(*vary_like((dy, drows), (y, multipliers)))
+
+        return Evaluation(objective, gradient, rows, aux), change
 
     def with_slack(self, rows: Array, slack: Array) -> Array:
         """C(w) from the rows without slack variables."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxopt_ext.implicit.hoist import cond, vary_like
 from jaxopt_ext.solvers.flat_program import Scaling
 
 
@@ -151,7 +152,8 @@ def convexifying_shift(matrix: Array, previous: Array) -> Array:
         return shift, indefinite(shift) & jnp.isfinite(shift)
 
     zero = jnp.zeros((), matrix.dtype)
-    shift, _ = jax.lax.while_loop(lambda state: state[1], body, (zero, indefinite(zero)))
+    start = vary_like((zero, indefinite(zero)), matrix, previous)
+    shift, _ = jax.lax.while_loop(lambda state: state[1], body, start)
     return shift
 
 
@@ -223,7 +225,9 @@ def newton_system(
 
     def product(v):
         dy, drows = v[:n], v[n:]
-        along, rows = jax.lax.cond(newton, derivatives.both, apart, dy, drows)
+        along, rows = cond(
+            newton, lambda: derivatives.both(dy, drows), lambda: apart(dy, drows)
+        )
         return jnp.concatenate([along + diagonal * dy, rows - relaxation * drows])
 
     return KKTSystem(

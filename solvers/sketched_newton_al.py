@@ -19,6 +19,7 @@ from jaxopt_ext.core.result import RESULTS
 from jaxopt_ext.core.solver import AbstractSolver, Counts, Info, Number, default_tolerance
 from jaxopt_ext.core.stop import Feasible, Optimality, Track
 from jaxopt_ext.implicit import Multipliers
+from jaxopt_ext.implicit.hoist import cond, vary_like
 from jaxopt_ext.solvers.exact_augmented_lagrangian import (
     Accuracy,
     PublishedAccuracy,
@@ -249,6 +250,7 @@ class SketchedNewtonAL(AbstractSolver):
             key=key if self.needs_key else None,
             counts=Counts.zero(),
         )
+        state = vary_like(state, eqx.filter((problem, value, args), eqx.is_array))
         # what the inner solver keeps has a shape that only it knows
         kept = jax.eval_shape(
             lambda: take(self._settings(program), evaluate(program, state), state).kept
@@ -281,7 +283,7 @@ class SketchedNewtonAL(AbstractSolver):
             jnp.where(lighter, gradient_penalty, state.gradient_penalty),
         )
         taken = finite & (~searching | enough | lighter)
-        new = jax.lax.cond(
+        new = cond(
             taken, lambda: take(settings, trial, state), lambda: reject(settings, trial, state)
         )
         nowhere = (state.phase == MEASURE) & ~finite

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_ext.implicit.hoist import vary_like
 from jaxopt_ext.solvers.exact_augmented_lagrangian import (
     PublishedAccuracy,
     Sizes,
@@ -91,7 +92,8 @@ def direction(settings: Settings, trial: Trial, place: Place, state) -> Step:
         dy = step.w[:n]
         along, rows = derivatives.both(dy, step.rows)
         primals = (place.objective, place.gradient, place.values, here.w, here.rows)
-        return jax.jvp(parts, primals, (derivatives.gradient @ dy, along, rows, step.w, step.rows))
+        tangents = derivatives.gradient @ dy, along, rows, step.w, step.rows
+        return jax.jvp(parts, *vary_like((primals, tangents)))
 
     dense = derivatives.matrices is not None
     jacobian = derivatives.matrices[1] if derivatives.matrices is not None else None
@@ -125,7 +127,7 @@ def direction(settings: Settings, trial: Trial, place: Place, state) -> Step:
         penalty, gradient_penalty = jax.lax.while_loop(
             lambda p: place.newton & ~descends(merit, slope, *p) & ~capped(*p),
             lambda p: (p[0] * settings.growth**2, p[1] / settings.growth),
-            first_penalties(settings, place, state),
+            vary_like(first_penalties(settings, place, state), merit),
         )
         sharpness = state.sharpness
     else:
@@ -212,7 +214,7 @@ def inexact(settings: Settings, system, rhs, spread, slopes, sizes, shift, place
     )  # fmt: skip
     shapes = jax.eval_shape(attempt, start)[1]
     carry, found = jax.lax.while_loop(
-        going, lambda carry: attempt(carry[0]), (start, zeros(shapes))
+        going, lambda carry: attempt(carry[0]), vary_like((start, zeros(shapes)), rhs)
     )
     solution, shift, penalty, gradient_penalty, sharpness, _, _, products, _ = carry
     step, merit, slope = found

@@ -257,7 +257,8 @@ def _unknown(shape):
 @eqx.filter_jit
 def _solver_step(job: _Job, state):
     """The solver's step; under `jit`, so that laying out the carry and the loop share one trace."""
-    return job.solver.step(job.problem, job.args, state)
+    # inside `shard_map` what a step makes anew, as zeros, varies as the state before
+    return vary_like(job.solver.step(job.problem, job.args, state), state)
 
 
 @eqx.filter_jit

@@ -226,11 +226,9 @@ class MixtureOfExperts(eqx.Module):
             places = jnp.minimum(jnp.arange(padded), experts - 1)
             each = jax.tree.map(lambda leaf: leaf[places], each)
         split = PartitionSpec(self.axis)
-        programs = bool(self.constraint.constraints) and not self.constraint.linear
         out = jax.shard_map(
-            several, mesh=self.mesh, in_specs=(split, PartitionSpec()), out_specs=split,
-            check_vma=not programs,  # SketchedNewtonAL does not annotate what varies
-        )(each, shared)  # fmt: skip
+            several, mesh=self.mesh, in_specs=(split, PartitionSpec()), out_specs=split
+        )(each, shared)
         return out if padded == experts else jax.tree.map(lambda leaf: leaf[:experts], out)
 
     def _coupled(self, coupling, experts: int, inputs: tuple, key):
