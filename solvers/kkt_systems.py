@@ -225,9 +225,7 @@ def newton_system(
 
     def product(v):
         dy, drows = v[:n], v[n:]
-        along, rows = cond(
-            newton, lambda: derivatives.both(dy, drows), lambda: apart(dy, drows)
-        )
+        along, rows = cond(newton, lambda: derivatives.both(dy, drows), lambda: apart(dy, drows))
         return jnp.concatenate([along + diagonal * dy, rows - relaxation * drows])
 
     return KKTSystem(

@@ -1,46 +1,18 @@
 """The same experts in one process and in two that talk over the loopback interface."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 
 PROGRAM = pathlib.Path(__file__).with_name("two_processes.py")
 
 
-def run(processes):
-    """Loss and gradient as each process prints them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["JAX_PLATFORMS"] = "cpu"
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(i), str(processes), str(port)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(processes)
-    ]  # fmt: skip
-    try:
-        outputs = [child.communicate(timeout=240)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    found = []
-    for output in outputs:
-        lines = [line.split() for line in output.splitlines() if line.startswith("RESULT")]
-        assert len(lines) == 1, output
-        _, count, ok, value, gradient = lines[0]
-        assert (int(count), ok) == (processes, "True")
-        found.append((float(value), float(gradient)))
-    return found
+def test_two_processes_give_the_same_loss_and_gradient(result_of_processes):
+    def run(processes):
+        found = result_of_processes(PROGRAM, processes)
+        assert [(int(count), ok) for count, ok, *_ in found] == [(processes, "True")] * processes
+        return [(float(value), float(gradient)) for *_, value, gradient in found]
 
-
-def test_two_processes_give_the_same_loss_and_gradient():
-    alone = run(1)[0]
+    (alone,) = run(1)
     for pair in run(2):
         np.testing.assert_allclose(pair, alone, rtol=1e-9)
