@@ -21,6 +21,7 @@ from jaxopt_ext.solvers.sketched_newton_trials import restoration_barrier
 
 SHORT, PATIENCE = 0.02, 3  # so many steps in a row with α below this: something else is tried
 CLIP = 1e10  # multipliers of walls stay within this factor of barrier / distance
+SMALL = 64  # number of variables up to which batches matter
 
 
 def place_of(settings: Settings, trial: Trial, state: SketchedNewtonALState) -> Place:
@@ -131,7 +132,13 @@ def derivatives_of(settings: Settings, trial: Trial) -> Derivatives:
         return Derivatives(gradient, lambda dy: both(dy, no_rows)[0], push, pull, both, None)
     basis = jnp.eye(n, dtype=trial.w.dtype)
     gradient, hessian, columns = jax.vmap(lambda e: trial.tangent(e, no_rows))(basis)
-    hessian = (hessian + hessian.T) / 2 * free[:, None] * free[None, :]
+    # In a batch XLA's loop fusions compute each entry of H anew in all that reads it, with the sines
+    # of the user's functions. A product ends the fusion; beside the factorization it is cheap.
+    if n <= SMALL:
+        hessian = jnp.matmul(jnp.diag(free), hessian, precision="highest") * free
+    else:
+        hessian = free[:, None] * hessian * free
+    hessian = (hessian + hessian.T) / 2
     return dense_derivatives(gradient * free, hessian, columns.T * free[None, :])
 
 
