@@ -135,9 +135,9 @@ def derivatives_of(settings: Settings, trial: Trial) -> Derivatives:
     # In a batch XLA's loop fusions compute each entry of H anew in all that reads it, with what the
     # user's functions need. A product ends the fusion; beside the factorization it is cheap.
     if n <= SMALL:
-        hessian = jnp.matmul(jnp.diag(free), hessian, precision="highest") * free
+        hessian = jnp.matmul(jnp.diag(free), hessian, precision="highest") * free[None, :]
     else:
-        hessian = free[:, None] * hessian * free
+        hessian = free[:, None] * hessian * free[None, :]
     hessian = (hessian + hessian.T) / 2
     return dense_derivatives(gradient * free, hessian, columns.T * free[None, :])
 
