@@ -571,7 +571,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def picture(results: list[dict[str, Any]], folder: Path, name: Path) -> None:
-    """Draw solution, error and residual of a test parameter, one row per run of the diffusion.
+    """Draw solution, error and residual of a test parameter, one row per run of one equation.
+
+    Of a field over time and two coordinates, the last time is shown.
 
     Args:
         results: The runs to show.
@@ -584,8 +586,9 @@ def picture(results: list[dict[str, Any]], folder: Path, name: Path) -> None:
         len(results), 3, figsize=(9, 2 * len(results)), squeeze=False, layout="constrained"
     )
     for row, one in zip(axes, results, strict=True):
+        splits = tuple(one["setting"]["splits"])
         setting = Setting(**one["setting"])._replace(
-            splits=tuple(one["setting"]["splits"]), weights=tuple(one["setting"]["weights"])
+            splits=splits, weights=tuple(one["setting"]["weights"])
         )
         problem = problem_of(setting)
         equation = problem.equation
@@ -603,19 +606,20 @@ def picture(results: list[dict[str, Any]], folder: Path, name: Path) -> None:
             "log10 residual": jnp.log10(residual + 1e-12),
         }
         for panel, (title, values) in zip(row, shown.items(), strict=True):
+            plane = np.asarray(values).reshape(-1, *equation.shape[-2:])
             image = panel.imshow(
-                np.asarray(values).reshape(equation.shape), origin="lower", aspect="auto",
-                extent=(0, 1, 0, 1), cmap="viridis",
-            )  # fmt: skip
+                plane[-1], origin="lower", aspect="auto", extent=(0, 1, 0, 1), cmap="viridis"
+            )
             figure.colorbar(image, ax=panel)
-            for edge in range(1, setting.splits[-1]):
-                panel.axvline(edge / setting.splits[-1], color="white", linewidth=0.6)
+            for line, parts in ((panel.axvline, splits[-1]), (panel.axhline, splits[-2])):
+                for edge in range(1, parts):
+                    line(edge / parts, color="white", linewidth=0.6)
             panel.set_title(f"{setting.method}, K = {setting.experts}: {title}", fontsize=8)
             panel.set_xticks([0, 1])
             panel.set_yticks([0, 1])
-        row[0].set_ylabel("t / 500 s")
+        row[0].set_ylabel("t / 500 s" if len(equation.shape) == 2 else "first coordinate")
     for panel in axes[-1]:
-        panel.set_xlabel("x")
+        panel.set_xlabel("x" if len(equation.shape) == 2 else "second coordinate")
     figure.savefig(name, dpi=110)
     plt.close(figure)
 
@@ -636,12 +640,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(results), end="")
         if options.picture is not None:
             jax.config.update("jax_enable_x64", True)
-            weights = list(SCALINGS["diffusion"][-1])
+            equation = options.equation or "diffusion"
+            weights = list(SCALINGS[equation][-1])
             picture(
                 [
                     one
                     for one in results
-                    if one["setting"]["equation"] == "diffusion"
+                    if one["setting"]["equation"] == equation
                     and one["setting"]["seed"] == 0
                     and one["setting"]["weights"] == weights
                     and np.prod(one["setting"]["splits"]) in (1, 4)
