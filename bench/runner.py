@@ -51,7 +51,9 @@ class Options(NamedTuple):
 
 
 def matches(contender: Contender, patterns: Iterable[str]) -> bool:
-    """Whether a contender's library or name matches a pattern; `ours` stands for this library.
+    """Whether a contender's library, method or whole name, such as "optax lbfgs", matches.
+
+    `ours` stands for this library.
 
     Args:
         contender: The contender.
@@ -60,7 +62,7 @@ def matches(contender: Contender, patterns: Iterable[str]) -> bool:
     Returns:
         Whether it does.
     """
-    names = (contender.package.lower(), contender.name.lower())
+    names = (contender.package.lower(), contender.solver.lower(), contender.name.lower())
     wanted = [OURS if p == "ours" else p.lower() for p in patterns]
     return any(fnmatch.fnmatchcase(name, p) for name in names for p in wanted)
 

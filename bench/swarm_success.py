@@ -134,6 +134,16 @@ def variants() -> tuple[Variant, ...]:
             "anisotropic", "Rastrigin, n = 20", far, 20, 100, 1000, box,
             {"sigma": 8.5}, "CBO", {"noise": "anisotropic", "sigma": 8.5}, _close(1.2),
         ),
+        Variant(  # σ by which they explore as much; CBXPy has Gaussian increments only
+            "uniform increments", "Rastrigin, n = 20", far, 20, 100, 1000, box,
+            {"sigma": 10.2, "increments": cbo.uniform}, "CBO",
+            {"noise": "anisotropic", "sigma": 8.5}, _close(1.2),
+        ),
+        Variant(
+            "Rademacher increments", "Rastrigin, n = 20", far, 20, 100, 1000, box,
+            {"sigma": 12.0, "increments": cbo.rademacher}, "CBO",
+            {"noise": "anisotropic", "sigma": 8.5}, _close(1.2),
+        ),
         Variant(
             "isotropic", "Rastrigin, n = 4", near, 4, 100, 1000, box,
             {"sigma": 0.7, "dt": 0.05, "alpha": 1e5, "noise": cbo.Isotropic()},

@@ -169,6 +169,31 @@ def test_listing_imports_no_peer():
 
 
 @pytest.mark.parametrize(
+    "pattern, found",
+    [
+        ("ours", {"GradNormSmooth"}),
+        ("GradNorm*", {"GradNormSmooth"}),
+        ("LBFGS", {"lbfgs", "lbfgs (tuned)"}),  # by method, whatever the case
+        ("optax lbfgs", {"lbfgs"}),  # by the name that `list solvers` shows
+        ("optax", {"lbfgs", "lbfgs (tuned)"}),
+    ],
+)
+def test_contenders_are_found_by_library_method_and_name(pattern, found):
+    def make(problem, budget):
+        raise AssertionError
+
+    contenders = [
+        Contender("jaxopt_ext", "GradNormSmooth", ("smooth",), make),
+        Contender("optax", "lbfgs", ("smooth",), make),
+        Contender("optax", "lbfgs", ("smooth",), make, setting="tuned"),
+    ]
+    names = {
+        c.name.removeprefix(c.package + " ") for c in contenders if runner.matches(c, [pattern])
+    }
+    assert names == found
+
+
+@pytest.mark.parametrize(
     "argv, words",
     [
         (["run", "nonsense"], "suite is 'nonsense', expected one of smooth"),
