@@ -1,6 +1,7 @@
 """The documentation: links inside it lead somewhere, and the migration page leaves nothing out."""
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -108,3 +109,21 @@ def test_migration_page_covers_jaxopt():
     assert expected - listed == set()
     modules = {name.rpartition(".")[0] for name in expected}
     assert listed - expected - modules == set()
+
+
+def test_formulas_mean_what_was_written():
+    # docutils reads \frac12 x as 12 over x, and browsers stretch only one bar of a pair.
+    nodes = pytest.importorskip("docutils.nodes")
+    pytest.importorskip("sphinx")
+    spec = importlib.util.spec_from_file_location("docs_conf", DOCS / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+
+    def translated(source):
+        return re.sub(r">\s+<", "><", conf.mathml(nodes.math(source, source), block=False))
+
+    assert "<mn>1</mn><mn>2</mn></mfrac><mi>x</mi>" in translated(r"\tfrac12 x")
+    assert "<mn>1</mn><mn>2</mn></mfrac><mi>x</mi>" in translated(r"\frac{1}{2} x")
+    assert translated(r"\Vert x \Vert^2").count('stretchy="false"') == 2
+    assert translated(r"\lVert x \rVert").count('stretchy="false"') == 2
+    assert '<mo lspace="0.17em" rspace="0.17em">log</mo>' in translated(r"x \log y")
