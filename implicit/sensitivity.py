@@ -28,8 +28,8 @@ def solution_jacobian(
         linear_solver: Default `Auto()`.
 
     Returns:
-        As `jax.jacobian`: a PyTree like `x` of PyTrees like `args[argnum]`, each leaf with the
-        shape of the former followed by that of the latter.
+        A PyTree like `x` of PyTrees like `args[argnum]`, as of `jax.jacobian`: each leaf has
+        the shape of the former followed by that of the latter.
 
     Raises:
         ValueError: `argnum` does not number one of `args`, or the condition does not fit `x`.
