@@ -156,11 +156,17 @@ def shorten_types(app, what, name, obj, options, lines):
         lines[i] = line
 
 
+def skip_field_aliases(app, what, name, obj, skip, options):
+    """Fields of a named tuple are described by its class."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
+
+
 def setup(app):
     """Register the formula renderer, and docstring hooks before and after napoleon's."""
     app.add_html_math_renderer(
         "mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None)
     )
     app.connect("doctree-resolved", join_punctuation)
+    app.connect("autodoc-skip-member", skip_field_aliases)
     app.connect("autodoc-process-docstring", quote_plain_text, priority=100)
     app.connect("autodoc-process-docstring", shorten_types, priority=900)

@@ -98,7 +98,7 @@ def prox_none(x: PyTree, hyperparams: Any = None, step: ArrayLike = 1.0) -> PyTr
         step: Ignored.
 
     Returns:
-        x.
+        The point x itself.
 
     Example:
         >>> import jax.numpy as jnp
