@@ -85,7 +85,12 @@ def place_of(settings: Settings, trial: Trial, state: SketchedNewtonALState) -> 
     push_off = program.walls.pull(barrier * program.walls.push(distances))
     force = jnp.concatenate([derivatives.pull(c), c[e:]]) - push_off
     force = force * program.walls.closeness(w)
-    stationary = jnp.max(jnp.abs(force), initial=0) <= 1e-6 * jnp.maximum(1e-2, norm)
+    # beside the size of J, where that is at hand: in large variables its entries are small;
+    # but they may also vanish at the point in question
+    jacobian = None if derivatives.matrices is None else derivatives.matrices[1]
+    steepest = 1 if jacobian is None else jnp.clip(jnp.max(jnp.abs(jacobian), initial=0), 1e-2, 1)
+    negligible = 1e-6 * steepest * jnp.maximum(1e-2, norm)
+    stationary = jnp.max(jnp.abs(force), initial=0) <= negligible
     return Place(
         iterate=iterate,
         scaling=scaling,

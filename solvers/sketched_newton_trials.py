@@ -45,7 +45,7 @@ def lighter_penalty(
 
     Along curved valleys the gradient grows while everything else in M falls, and steps would have
     to be tiny. Asked for after the second rejection of a search only; η₂ falls to a hundredth at
-    most, and d must descend on M with it.
+    most, d must descend on M with it, and the trial must not be less feasible.
 
     Args:
         settings: Of the solver.
@@ -61,6 +61,7 @@ def lighter_penalty(
     allowed = (wanted >= 0.01 * state.gradient_penalty) & (wanted < state.gradient_penalty)
     allowed &= (ones @ slope[:3] < 0) & descends(state.merit, slope, state.penalty, wanted)
     allowed &= (state.halvings >= 2) & ~state.restoring & (wanted > GRADIENT_PENALTY_CAP)
+    allowed &= change[2] <= 0
     return jnp.where(allowed, wanted, 0)
 
 

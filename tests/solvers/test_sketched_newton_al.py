@@ -506,6 +506,24 @@ def test_second_derivative_through_the_solution():
     np.testing.assert_allclose(hessian, central(gradient, POINT, 1e-4), atol=1e-5)
 
 
+def test_far_starts_and_small_jacobians_do_not_mislead():
+    valley = jx.NonlinearProgram(  # Hock and Schittkowski 27
+        lambda y, args: 0.01 * (y[0] - 1) ** 2 + (y[1] - y[0] ** 2) ** 2,
+        equality=lambda y, args: y[0] + y[2] ** 2 + 1,
+    )
+    found = jx.solve(valley, SOLVER, jnp.full(3, 2.0), max_steps=100)
+    assert bool(found.success) and float(found.objective) == pytest.approx(0.04, rel=1e-6)
+    rows = jnp.array([[4.0, 2.25, 1.0, 0.25], [0.16, 0.36, 0.64, 0.64]])
+    large = jx.NonlinearProgram(  # and 72, where constraints have gradients of 1e-4
+        lambda y, args: 1 + jnp.sum(y),
+        inequality=lambda y, args: rows @ (1 / y) - jnp.array([0.0401, 0.010085]),
+        lower=1e-3,
+        upper=jnp.array([4e5, 3e5, 2e5, 1e5]),
+    )
+    found = jx.solve(large, SOLVER, jnp.ones(4), max_steps=200)
+    assert bool(found.success) and float(found.objective) == pytest.approx(727.67936, rel=1e-6)
+
+
 def test_a_weakly_active_constraint_is_flagged():
     program = jx.NonlinearProgram(lambda y, t: jnp.sum((y - t) ** 2), lower=0.0)
 
