@@ -261,8 +261,8 @@ def html_page(
     summaries = summary.summarize(rows, titles)
     reference = profiles.best_values(rows)
     first = " ".join(
-        f"<b>{escape(heading)}:</b> {escape(text)}"
-        for heading, text in summary.lead(summaries, _noisy(environments))
+        f"<b>{escape(heading)}:</b> {escape(' '.join(sentences))}"
+        for heading, sentences in summary.lead(summaries, _noisy(environments))
     )
     links = "".join(
         f'<li><a href="#{_anchor(s.suite)}">{escape(s.title)}</a></li>' for s in summaries
@@ -337,7 +337,7 @@ def markdown(
     environments: Mapping[str, Mapping[str, Any]],
     titles: Titles | None = None,
 ) -> str:
-    """The summary as Markdown: the same paragraph and tables, without figures and single runs.
+    """The summary as Markdown: the same beginning and tables, without figures and single runs.
 
     Args:
         rows: All rows.
@@ -348,11 +348,12 @@ def markdown(
         The text.
     """
     summaries = summary.summarize(rows, titles)
-    first = " ".join(
-        f"**{heading}:** {markdown_text(text)}"
-        for heading, text in summary.lead(summaries, _noisy(environments))
-    )
-    parts = [f"# {TITLE}", first, LEGEND]
+    first = []
+    for heading, sentences in summary.lead(summaries, _noisy(environments)):
+        texts = list(map(markdown_text, sentences))
+        listed = "\n\n" + "\n".join(f"* {text}" for text in texts)
+        first.append(f"**{heading}:**" + (listed if len(texts) > 1 else f" {texts[0]}"))
+    parts = [f"# {TITLE}", *first, LEGEND]
     if environment := summary.environment_sheet(environments):
         parts += ["## Environment", markdown_table(environment)]
     return "\n\n".join([*parts, *map(markdown_suite, summaries)]) + "\n"

@@ -271,7 +271,7 @@ def _cost_verdict(summary: Summary, cost: str, mine: str, peer: str) -> Verdict 
     return Verdict(label, outcome, mine, peer, figures, text)
 
 
-def lead(summaries: Sequence[Summary], noisy: bool) -> list[tuple[str, str]]:
+def lead(summaries: Sequence[Summary], noisy: bool) -> list[tuple[str, list[str]]]:
     """The first paragraph: what we lose, what we win, what is undecided.
 
     Args:
@@ -279,17 +279,17 @@ def lead(summaries: Sequence[Summary], noisy: bool) -> list[tuple[str, str]]:
         noisy: Whether times were measured on a busy machine.
 
     Returns:
-        Pairs of a heading and its text.
+        Pairs of a heading and its sentences.
     """
     found = [(summary.title, verdicts(summary)) for summary in summaries]
 
-    def clauses(outcome: str, words: Callable[[Verdict], str]) -> str:
+    def clauses(outcome: str, words: Callable[[Verdict], str]) -> list[str]:
         parts = []
         for title, of_suite in found:
             if texts := [words(v) for v in of_suite if v.outcome == outcome]:
                 name = of_suite[0].mine.removeprefix(f"{profiles.OURS} ")
                 parts.append(f"{title}: {name} {'; '.join(texts)}.")
-        return " ".join(parts) or "none."
+        return parts or ["none."]
 
     parts = [
         ("Losses", clauses("loss", lambda v: v.text)),
@@ -300,11 +300,11 @@ def lead(summaries: Sequence[Summary], noisy: bool) -> list[tuple[str, str]]:
         for title, of_suite in found
         if any(v.outcome == "even" for v in of_suite)
     ]
-    parts.append(("No clear difference", f"{', '.join(even) or 'none'}."))
+    parts.append(("No clear difference", [f"{', '.join(even) or 'none'}."]))
     if alone := [title for title, of_suite in found if not of_suite]:
-        parts.append(("Nothing to compare", f"{', '.join(alone)}."))
+        parts.append(("Nothing to compare", [f"{', '.join(alone)}."]))
     if noisy:
-        parts.append(("Times", "were measured on a busy machine; trust the counts of work."))
+        parts.append(("Times", ["were measured on a busy machine; trust the counts of work."]))
     return parts
 
 

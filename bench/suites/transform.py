@@ -95,7 +95,7 @@ def execute(row: Row, entry: Entry, contender: Contender, task: Task) -> None:
         "lower_cpu_s": lower,
         "batch": batch,
         "instances_per_s": batch / min(row.run_wall_s),
-        "solved": float(jnp.mean(norms <= row.tolerance)),
+        "batch_share_solved": float(jnp.mean(norms <= row.tolerance)),
     }
 
 

@@ -172,8 +172,9 @@ def test_unsolved_problems_are_a_loss_whatever_the_work():
     solved, work = summary.verdicts(of)
     assert (solved.outcome, solved.figures) == ("loss", "5 against 6 of 6 that both tried")
     assert work.outcome == "win"
-    heading, text = summary.lead([of], noisy=False)[0]
-    assert heading == "Losses" and text == "s: A solves 5 where peer B solves 6 of 6 problems."
+    heading, sentences = summary.lead([of], noisy=False)[0]
+    assert heading == "Losses"
+    assert sentences == ["s: A solves 5 where peer B solves 6 of 6 problems."]
     lists = summary.outcomes(of)
     assert [o.text for o in lists["Lost"]] == ["p0 (only the peer solves it)"]
     assert len(lists["Won"]) == 5 and lists["Won"][0].text == "p5 (×0.00955)"  # noqa: RUF001
@@ -193,7 +194,7 @@ def test_the_peer_is_the_best_by_each_measure():
 def test_without_peers_there_is_nothing_to_compare():
     (of,) = summary.summarize([one("A", work=3.0)])
     assert summary.verdicts(of) == [] and summary.outcomes(of) == {}
-    assert ("Nothing to compare", "s.") in summary.lead([of], noisy=False)
+    assert ("Nothing to compare", ["s."]) in summary.lead([of], noisy=False)
     assert summary.verdict_sheet(of) is None and summary.pair_sheet(of) is None
 
 
