@@ -1,6 +1,7 @@
 """The driver with solvers made for the purpose: best point, guards, limits, batches."""
 
 import _thread
+import signal
 from typing import ClassVar
 
 import equinox as eqx
@@ -140,14 +141,19 @@ def test_a_batch_costs_its_slowest_lane():
 
 def test_ctrl_c_returns_the_best_point():
     def press_ctrl_c(now):
-        if int(now.steps) >= 5:  # again, should Python lose one in a finalizer
+        if int(now.steps) >= 5:
             _thread.interrupt_main()
 
-    found = jx.solve(
-        SQUARE, Descent(), jnp.array([1.0]), stop=jx.Target(-1.0), callback=press_ctrl_c
-    )
+    # a shell that starts the tests in the background has the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found = jx.solve(
+            SQUARE, Descent(), jnp.array([1.0]), stop=jx.Target(-1.0), callback=press_ctrl_c
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found.result == jx.RESULTS.user_stopped
-    assert 5 <= int(found.stats.steps) <= 100
+    assert 5 <= int(found.stats.steps) <= 8
     np.testing.assert_allclose(found.value[0], 0.8 ** int(found.stats.steps))
 
 
