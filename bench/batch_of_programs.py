@@ -76,11 +76,11 @@ def ours(problem: Problem, parameters: np.ndarray, batch: Callable) -> dict[str,
         )
         return found.objective, found.success, found.stats.steps
 
-    parameters = jnp.asarray(parameters)
+    rows = jnp.asarray(parameters)
     before = time.process_time()
-    compiled = jax.jit(batch(one)).lower(parameters).compile()
+    compiled = jax.jit(batch(one)).lower(rows).compile()
     ready = time.process_time()
-    values, success, steps = jax.block_until_ready(compiled(parameters))
+    values, success, steps = jax.block_until_ready(compiled(rows))
     seconds = time.process_time() - ready
     return {
         "compile": ready - before,

@@ -281,7 +281,7 @@ SUITE = Suite(
     "SVRG and the line search are run with each step size of a grid, and the one that solves the "
     "problem with the fewest calls is shown. Evaluations of the model, and the values that line "
     "searches need, are not counted. Solved: the objective over all samples is within 1 % of the "
-    "initial gap to the least one, from then on. On the problems `cost-…` the oracle repeats work "
+    "initial gap to the least one, from then on. On the problems cost-… the oracle repeats work "
     "without effect, to measure what an update costs.",
     entries=supervised.entries,
     kinds=(supervised.KIND,),
