@@ -97,7 +97,7 @@ def loop_over_ipopt(problem: Problem, parameters: np.ndarray) -> dict[str, float
     import cyipopt
 
     before = time.process_time()
-    callbacks = ipopt._Callbacks(problem, Budget(TOLERANCE, 3000, 0, 0, "float64"))
+    callbacks = ipopt.Callbacks(problem, Budget(TOLERANCE, 3000, 0, 0, "float64"))
     ready = time.process_time()
     values, solved = [], 0
     for t in parameters:

@@ -16,7 +16,7 @@ from jaxopt_ext.bench.problem import Problem
 INFINITE = 1e20  # what IPOPT takes as no bound
 
 
-class _Callbacks:
+class Callbacks:
     """The functions that IPOPT calls, compiled for one problem."""
 
     def __init__(self, problem: Problem, budget: Budget):
@@ -47,21 +47,27 @@ class _Callbacks:
         return np.asarray(y, self.dtype)
 
     def objective(self, y):
+        """f(y)."""
         return float(self._fun(self._in(y), self.data))
 
     def gradient(self, y):
+        """∇f(y)."""
         return np.asarray(self._gradient(self._in(y), self.data), np.float64)
 
     def constraints(self, y):
+        """The rows, equalities first."""
         return np.asarray(self._rows(self._in(y), self.data), np.float64)
 
     def jacobian(self, y):
+        """Of the rows, row by row."""
         return np.asarray(self._jacobian(self._in(y), self.data), np.float64).ravel()
 
     def hessianstructure(self):
+        """Places of the lower triangle."""
         return self._triangle
 
     def hessian(self, y, multipliers, factor):
+        """Of factor · f plus multipliers times rows, in these places."""
         factor = np.asarray(factor, self.dtype)
         matrix = self._hessian(self._in(y), self._in(multipliers), factor, self.data)
         return np.asarray(matrix, np.float64)[self._triangle]
@@ -70,7 +76,7 @@ class _Callbacks:
 def _make(problem: Problem, budget: Budget, options: dict[str, Any]):
     import cyipopt
 
-    callbacks = _Callbacks(problem, budget)
+    callbacks = Callbacks(problem, budget)
     lower, upper = problem.box
 
     def solve():
