@@ -276,9 +276,10 @@ class CBO(AbstractSolver):
             dt = jnp.asarray(self.dt, change.dtype)
             return jax.vmap(lambda x, d: drift.corrected(unravel(x), args, d, dt))(rows, change)
 
-        energies, aux, gradients = evaluate(self._rows(state))
+        rows = self._batch(state)
+        energies, aux, gradients = evaluate(self._primal(state.swarm, state.value)[rows])
         new, info = self._advance(
-            state, energies, aux, gradients, lambda c: objective(c)[0], violation, correct
+            state, rows, energies, aux, gradients, lambda c: objective(c)[0], violation, correct
         )
         if self.polish is None:
             return new, info
@@ -293,7 +294,8 @@ class CBO(AbstractSolver):
         Returns:
             A PyTree like `value` with a leading axis, one entry per particle.
         """
-        return jax.vmap(ravel_pytree(state.value)[1])(self._rows(state))
+        rows = self._primal(state.swarm, state.value)[self._batch(state)]
+        return jax.vmap(ravel_pytree(state.value)[1])(rows)
 
     def tell(
         self, state: CBOState, energies: Float[Array, " particles"], aux: PyTree = None
@@ -315,7 +317,8 @@ class CBO(AbstractSolver):
         for name in ("gradient", "cutoff", "penalty", "constraint_drift", "polish"):
             if getattr(self, name) is not None:
                 raise ValueError(f"CBO.tell: {name} is given, expected None without a problem")
-        return self._advance(state, jnp.asarray(energies, state.swarm.dtype), aux)
+        energies = jnp.asarray(energies, state.swarm.dtype)
+        return self._advance(state, self._batch(state), energies, aux)
 
     def stop(self, problem, args, state, info):
         """See `AbstractSolver.stop`: the swarm agrees, or the polishing is done."""
@@ -361,6 +364,7 @@ class CBO(AbstractSolver):
     def _advance(
         self,
         state,
+        rows,
         energies,
         aux,
         gradients=None,
@@ -368,8 +372,8 @@ class CBO(AbstractSolver):
         violation=None,
         correct=None,
     ):
-        """Everything after the evaluation of the particles."""
-        primal, rows = self._primal(state.swarm, state.value), self._batch(state)
+        """Everything after the evaluation of the particles, or of these rows of them."""
+        primal = self._primal(state.swarm, state.value)
         violations, penalized = None, energies
         if self.penalty is not None and violation is not None:
             violations = jax.vmap(violation)(primal[rows])
@@ -425,12 +429,8 @@ class CBO(AbstractSolver):
         )
         return new, self._info(state, new, better, agreed)
 
-    def _rows(self, state):
-        """The particles to be evaluated, raveled."""
-        return self._primal(state.swarm, state.value)[self._batch(state)]
-
     def _batch(self, state):
-        """Which particles those are."""
+        """Which particles are evaluated."""
         if self.batch is None:
             return slice(None)
         return self.batch.rows(fold(_key(state), BATCHES), state.steps, self.particles)

@@ -6,6 +6,8 @@ With the Lagrangian L = f + λᵀc, the distances d from the walls and the barri
 
 where D shrinks an entry with its distances from the walls; without walls D = I. A solution is a
 local minimizer of M in variables and multipliers together, so a Newton step can be accepted whole.
+Where there are bounds only, η₂ would only make steps shorter along curved valleys: its term is left
+out, and M is the barrier function.
 """
 
 import abc
@@ -41,7 +43,7 @@ def merit_parts(
         gradient: Of the scaled Lagrangian in y.
         rows: Scaled constraints without slack variables.
         w: Variables and slack variables.
-        multipliers: Of the rows.
+        multipliers: Of the rows; where there are none, the last part is 0.
     """
     c = program.with_slack(rows, w[program.size :])
     distances = program.walls.distances(w)
@@ -54,7 +56,7 @@ def merit_parts(
             objective + jnp.vdot(multipliers, c),
             logs,
             jnp.vdot(c, c) / 2,
-            jnp.vdot(scaled, scaled) / 2,
+            jnp.vdot(scaled, scaled) / 2 if rows.size else jnp.zeros_like(logs),
         ]
     )
 

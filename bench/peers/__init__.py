@@ -14,6 +14,7 @@ ADAPTERS = (
     "evosax",
     "cbx",
     "ipopt",
+    "septal",
     "slsqp_jax",
 )
 

@@ -12,6 +12,7 @@ import pytest
 import jaxopt_ext as jx
 from jaxopt_ext import implicit, solvers
 from jaxopt_ext.solvers import CBO, cbo
+from jaxopt_ext.solvers.cbo_pieces import shuffled
 
 KEY = jax.random.key(0)
 
@@ -270,6 +271,18 @@ def test_batches_cover_all_particles_once_per_epoch():
     found = run(sphere, CBO(batch=cbo.Batch(50)), jnp.zeros(2), jnp.ones(2), max_steps=200)
     assert int(found.stats.counts.value) == 200 * 50
     assert float(found.objective) < 1e-4
+
+
+def test_the_orders_of_batches_are_permutations_and_all_alike():
+    keys = jax.random.split(jax.random.key(0), 6000)
+    orders = np.asarray(jax.vmap(lambda key: shuffled(key, 12))(keys))
+    assert (np.sort(orders, axis=1) == np.arange(12)).all()
+    # how often each index has each place: 500 expected, χ² with 121 degrees of freedom
+    counts = np.stack([np.bincount(place, minlength=12) for place in orders.T])
+    assert ((counts - 500) ** 2 / 500).sum() < 121 + 4 * (2 * 121) ** 0.5
+    # neighbours are not tied: 1 follows 0 in one of twelve orders
+    follows = np.argmax(orders == 1, axis=1) == np.argmax(orders == 0, axis=1) + 1
+    assert abs(follows.mean() - 1 / 12) < 4 * (11 / 144 / 6000) ** 0.5
 
 
 def test_kick_revives_a_swarm_that_has_collapsed():

@@ -304,6 +304,30 @@ def test_a_quadratic_program_with_every_inner_solver(inner):
     np.testing.assert_allclose(y, closed[:5], atol=1e-5 if inner.random else 1e-7)
 
 
+def test_quadratic_programs_as_qpax_solves_them_in_few_steps():
+    qpax = pytest.importorskip("qpax")
+
+    def fun(y, data):
+        return y @ data[0] @ y / 2 + data[1] @ y
+
+    program = jx.NonlinearProgram(
+        fun, lambda y, data: data[2] @ y - data[3], lambda y, data: data[4] @ y - data[5]
+    )
+    ours = jax.jit(lambda data: jx.solve(program, SOLVER, jnp.zeros(5), data))
+    # its other backend stops at its limit of 30 iterations, at the same points
+    theirs = jax.jit(lambda data: qpax.solve_qp(*data, backend="i", solver_tol=1e-10))
+    for seed in range(8):
+        data = quadratic(seed)
+        found = ours(data)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            y, _, inequality, equality, converged, steps = theirs(data)
+        assert bool(found.success) and bool(converged)
+        np.testing.assert_allclose(found.value, y, atol=1e-7)
+        np.testing.assert_allclose(found.multipliers.inequality, inequality, atol=1e-5)
+        np.testing.assert_allclose(found.multipliers.equality, equality, atol=1e-5)
+        assert int(found.stats.steps) <= int(steps)
+
+
 def test_pytrees_bounds_of_all_kinds_and_fixed_variables():
     def fun(y, args):
         return sum(jnp.sum((leaf - args) ** 2) for leaf in jax.tree.leaves(y))
