@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxopt_ext.core import check
 from jaxopt_ext.core.problem import Minimization
+from jaxopt_ext.core.solver import Number
 from jaxopt_ext.solvers.cbo_consensus import exponents, scheduled, temperature
 from jaxopt_ext.solvers.cbo_noise import fold
 from jaxopt_ext.solvers.cbo_solver import CBO
@@ -75,6 +76,42 @@ def preferences(
     return jax.random.dirichlet(key, jnp.ones(objectives, dtype), (particles,), dtype)
 
 
+def repelled(
+    weight: Float[Array, "particles objectives"],
+    values: Float[Array, "particles objectives"],
+    rate: Number,
+) -> Float[Array, "particles objectives"]:
+    """Weights after one step apart from each other, as seen in the space of the objectives.
+
+    wᵢ moves by rate · (mean over j of (gⱼ − gᵢ) / ‖gⱼ − gᵢ‖²), and back into the simplex. On the
+    front of the Chebyshev scalarization a larger weight means a smaller objective, so that moving
+    the weight towards the others' objectives moves its own objectives away from theirs; near ones
+    count most. Distances are relative to the ranges of the objectives.
+
+    Args:
+        weight: The weights; rows sum to 1.
+        values: The objectives g of the particles.
+        rate: Of the motion, >= 0, dimensionless.
+
+    Returns:
+        New weights; rows sum to 1.
+    """
+    finite = jnp.all(jnp.isfinite(values), axis=1)
+    usable = jnp.where(finite[:, None], values, 0)
+    low = jnp.min(jnp.where(finite[:, None], values, jnp.inf), axis=0)
+    high = jnp.max(jnp.where(finite[:, None], values, -jnp.inf), axis=0)
+    extent = jnp.where(high > low, high - low, 1)
+    apart = (usable[None] - usable[:, None]) / extent[None, None]
+    pairs = finite[:, None] & finite[None]
+    # nearer than a hundredth of the spacing of an even front counts as that far
+    least = (0.01 / len(weight)) ** 2
+    squared = jnp.maximum(jnp.sum(apart**2, axis=-1), least)
+    push = jnp.mean(jnp.where(pairs[..., None], apart / squared[..., None], 0), axis=1)
+    push -= jnp.mean(push, axis=1, keepdims=True)  # along the simplex
+    moved = jnp.maximum(weight + jnp.asarray(rate, weight.dtype) * push, 0)
+    return moved / jnp.sum(moved, axis=1, keepdims=True)
+
+
 def pareto_front(
     objectives: Callable[[PyTree, Any], Float[Array, " objectives"]],
     solver: CBO,
@@ -83,13 +120,16 @@ def pareto_front(
     *,
     key: Key[Array, ""],
     max_steps: int = 1000,
+    repulsion: Number | None = None,
 ) -> ParetoFront:
     """Minimize several objectives: each particle has its own weights and its own consensus.
 
     Particle i minimizes the Chebyshev scalarization max_l w_il |g_l(x)| and drifts to the
     consensus of the whole swarm under it. So all minimizers are found in one run, those of
-    nonconvex fronts too. The weights stay as they are; time and memory grow with the square of the
-    number of particles. The objectives should be non-negative and of similar size.
+    nonconvex fronts too. Time and memory grow with the square of the number of particles. The
+    objectives should be non-negative and of similar size. The weights stay as they are, which may
+    leave parts of the front thinly covered; with `repulsion` they adapt, so that the particles
+    spread evenly over it, see `repelled`.
 
     Args:
         objectives: g(variables, args) → vector.
@@ -99,16 +139,22 @@ def pareto_front(
         args: As for `solve`.
         key: Random key.
         max_steps: Steps.
+        repulsion: Rate at which the weights move apart, > 0, dimensionless: about 6e-5 for 50
+            particles and three objectives; much more shakes them off the front. For two objectives
+            the weights are evenly spaced already, and it did not help. `None` keeps the weights.
 
     Returns:
         The swarm.
 
     Raises:
-        ValueError: The solver has another setting, or there are fewer than two objectives.
+        ValueError: The solver has another setting, there are fewer than two objectives, or
+            `repulsion` is not positive.
 
     Reference:
         Borghi, Herty, Pareschi, "A consensus-based algorithm for multi-objective optimization and
-        its mean-field description", 2022.
+        its mean-field description", 2022; the adaptive weights follow the idea of their "An
+        adaptive consensus based method for multi-objective optimization with uniform Pareto front
+        approximation", 2023, with a repulsion of our own.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -125,6 +171,8 @@ def pareto_front(
         if getattr(solver, name) is not None:
             raise ValueError(f"pareto_front: solver.{name} is given, expected None")
     check.count("pareto_front", "max_steps", max_steps)
+    if repulsion is not None:
+        check.number("pareto_front", "repulsion", repulsion, above=0)
     value = check.variables("init", init)
     scalar = Minimization(lambda value, args: jnp.sum(objectives(value, args)))
     state = solver.init(scalar, value, args, key)
@@ -146,7 +194,8 @@ def pareto_front(
         alpha = temperature(solver.alpha, energies, step)
         return jax.nn.softmax(exponents(energies, alpha))
 
-    def step(number, swarm):
+    def step(number, carry):
+        swarm, weight = carry
         values = evaluate(swarm)
         energies = jnp.max(weight[:, None] * jnp.abs(values)[None], axis=-1)
         share = softmax(energies, jnp.full(solver.particles, number))
@@ -158,11 +207,11 @@ def pareto_front(
         moved = swarm - jnp.asarray(solver.drift, dtype) * dt * distance + scale * noise
         moved = jnp.where(jnp.isfinite(moved), moved, swarm)
         project = solver.projection
-        if project is None:
-            return moved
-        return jax.vmap(lambda row: ravel_pytree(project(unravel(row)))[0])(moved)
+        if project is not None:
+            moved = jax.vmap(lambda row: ravel_pytree(project(unravel(row)))[0])(moved)
+        return moved, weight if repulsion is None else repelled(weight, values, repulsion)
 
-    swarm = jax.lax.fori_loop(0, max_steps, step, state.swarm)
+    swarm, weight = jax.lax.fori_loop(0, max_steps, step, (state.swarm, weight))
     values = evaluate(swarm)
     return ParetoFront(
         values=jax.vmap(unravel)(swarm),

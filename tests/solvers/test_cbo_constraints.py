@@ -175,6 +175,31 @@ def test_pareto_front_covers_the_segment_between_two_minimizers():
     assert int(front.evaluations) == 60_100
 
 
+def test_weights_that_repel_each_other_even_out_the_front():
+    ends = 1.5 * jnp.eye(3)
+    solver = CBO(particles=50, sigma=4.0, alpha=1e5, start=cbo.Uniform(-1.0, 2.0))
+
+    def distances(y, ends):
+        return jnp.sum((y[None] - ends) ** 2, axis=1)
+
+    def unevenness(repulsion):
+        """Of the distances to the nearest neighbour: standard deviation over mean, of five runs."""
+        fronts = jax.vmap(
+            lambda key: cbo.pareto_front(
+                distances, solver, jnp.zeros(3), ends, key=key, max_steps=800, repulsion=repulsion
+            )
+        )(jax.random.split(KEY, 5))
+        np.testing.assert_allclose(jnp.sum(fronts.preferences, axis=-1), 1.0, rtol=1e-6)
+        assert float(jnp.min(fronts.preferences)) >= 0
+        assert float(jnp.mean(fronts.efficient)) > 0.9
+        goals = np.asarray(fronts.objectives)
+        apart = np.linalg.norm(goals[:, :, None] - goals[:, None], axis=-1) + 99 * np.eye(50)
+        nearest = apart.min(axis=-1)
+        return (nearest.std(axis=1) / nearest.mean(axis=1)).mean()
+
+    assert unevenness(6e-5) < 0.75 * unevenness(None)
+
+
 def test_efficient_rows_are_those_that_nothing_dominates():
     rows = jax.random.uniform(KEY, (60, 3))
     ours = np.asarray(cbo.efficient(rows))
@@ -198,6 +223,8 @@ def test_pareto_front_in_three_objectives_and_refusals():
         cbo.pareto_front(three, CBO(memory=cbo.Memory()), jnp.zeros(3), key=KEY)
     with pytest.raises(ValueError, match="expected a vector of at least 2"):
         cbo.pareto_front(lambda y, a: jnp.sum(y), CBO(), jnp.zeros(3), key=KEY)
+    with pytest.raises(ValueError, match="repulsion is 0, expected"):
+        cbo.pareto_front(three, CBO(), jnp.zeros(3), key=KEY, repulsion=0.0)
 
 
 # ---- Sobol starts ----

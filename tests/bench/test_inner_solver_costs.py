@@ -1,4 +1,4 @@
-"""Constrained logistic regression: every inner solver ends at the same point."""
+"""Costs of the inner solvers: they are compared on programs that they solve alike."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,14 @@ import numpy as np
 
 import jaxopt_ext as jx
 from jaxopt_ext import solvers
-from jaxopt_ext.bench import constrained_logistic
+from jaxopt_ext.bench import inner_solver_costs
 
 
 def test_inner_solvers_agree_and_the_constraints_hold():
-    problem, start, data = constrained_logistic.program("sonar-twin")
+    problem, start, data = inner_solver_costs.program("sonar-twin")
     found = {}
     for name in ("Direct()", "ProjectedCG()"):
-        solver = solvers.SketchedNewtonAL(constrained_logistic.INNER[name])
+        solver = solvers.SketchedNewtonAL(inner_solver_costs.inner_solvers(100)[name])
         solution = jax.jit(lambda data, s=solver: jx.solve(problem, s, start, data))(data)
         assert bool(solution.success)
         found[name] = solution.value
