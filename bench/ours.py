@@ -151,9 +151,8 @@ def _rule(
 
 # For functions that are not separable: noise in the shape of the swarm.
 COVARIANCE = {
-    "particles": 50,
     "noise": solvers.cbo.Covariance(),
-    "alpha": solvers.cbo.EffectiveSampleSize(0.5),
+    "alpha": solvers.cbo.EffectiveSampleSize(0.3),
     "sigma": 1.2,
     "drift": 1.0,
     "dt": 1.0,
@@ -208,7 +207,7 @@ CONTENDERS = (
         ("blackbox",),
         consensus(**COVARIANCE),
         setting="tuned",
-        config={"noise": "covariance", "alpha": "effective sample size", "particles": 50},
+        config={"noise": "covariance", "alpha": "effective sample size"},
         random=True,
     ),
     _rule("attach", ("hypergradient",)),
