@@ -140,7 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in options.problems:
         problem, start, data = program(name)
-        shapes = jax.eval_shape(problem.equality, start, data)
+        equality: Any = problem.equality
+        shapes = jax.eval_shape(equality, start, data)
         unknowns = sum(leaf.size for leaf in jax.tree.leaves((start, shapes)))
         for label, inner in inner_solvers(options.sweeps).items():
             if not fnmatch.fnmatchcase(label, options.inner):

@@ -87,7 +87,7 @@ class LocalProblem:
         return jax.random.fold_in(key, self.draw)
 
 
-class HessianModel(eqx.Module):
+class HessianModel(eqx.Module, metaclass=check.SettingsMeta):
     """Base of the Hessian models; H in the coordinates of the metric is Sᵀ H S.
 
     Attributes:
@@ -120,7 +120,7 @@ class HessianModel(eqx.Module):
 # ---- models that leave a choice of linear algebra -------------------------------------------
 
 
-class LinearSolver(eqx.Module):
+class LinearSolver(eqx.Module, metaclass=check.SettingsMeta):
     """Base: chooses the form in which a model's H is kept and solved with."""
 
     theta: ClassVar[Any] = 0.0  # relative error of the steps; direct solves have none

@@ -40,7 +40,7 @@ class Solved(NamedTuple):
     products: Int[Array, ""]
 
 
-class InnerSolver(eqx.Module):
+class InnerSolver(eqx.Module, metaclass=check.SettingsMeta):
     """Base: solves K d = b to a given residual.
 
     Attributes:

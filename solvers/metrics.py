@@ -35,7 +35,7 @@ class Coordinates(NamedTuple):
     unscale: Callable[[Array], Array] | None
 
 
-class Metric(eqx.Module):
+class Metric(eqx.Module, metaclass=check.SettingsMeta):
     """Base of the metrics."""
 
     @abc.abstractmethod

@@ -107,13 +107,21 @@ def choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 @dataclass_transform(field_specifiers=(eqx.field,))
 class SettingsMeta(type(eqx.Module)):
-    """Metaclass of solvers: an unknown setting is refused with the nearest known name."""
+    """Metaclass of what has settings: an unknown one is refused with the nearest known name."""
 
     if not TYPE_CHECKING:  # type checkers read the settings from the dataclass fields
 
         def __call__(cls, *args, **kwargs):
             """Construct, after checking that every keyword is a setting."""
-            known = [field.name for field in dataclasses.fields(cls) if field.init]
+            fields = [field for field in dataclasses.fields(cls) if field.init]
+            known = [field.name for field in fields]
+            positional = [field.name for field in fields if not field.kw_only]
+            if len(args) > len(positional):
+                names = f"; name them: {', '.join(known)}" if known else ""
+                raise TypeError(
+                    f"{cls.__name__} got {len(args)} settings without a name, expected at most "
+                    f"{len(positional)}{names}"
+                )
             for name in kwargs:
                 if name not in known:
                     near = difflib.get_close_matches(name, known, n=1)

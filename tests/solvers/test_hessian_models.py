@@ -762,6 +762,13 @@ def test_derivatives_use_the_hessian_of_the_objective_whatever_the_model(model):
     np.testing.assert_allclose(ours, -jnp.linalg.solve(hessian, y), rtol=1e-7)
 
 
+def test_settings_of_models_are_named_in_refusals():
+    with pytest.raises(TypeError, match=r"has no setting 'linear_algebra' \(did you mean 'linear_so"):
+        solvers.ExactHessian(linear_algebra=solvers.ConjugateGradient())
+    with pytest.raises(TypeError, match="got 1 settings without a name, expected at most 0; name"):
+        solvers.ExactHessian(solvers.ConjugateGradient())
+
+
 def test_what_models_cannot_use_is_refused():
     plain = jx.Minimization(lambda y, args: jnp.sum(y**2))
     diagonal = solvers.DiagonalHessian(solvers.GaussNewton())
