@@ -150,7 +150,8 @@ def build(name: str) -> Problem:
 
     # arrays that sif2jax keeps may be wider than the variables of a run in float32
     def fun(y, data):
-        return jnp.squeeze(problem.objective(y, data)).astype(y.dtype)
+        # not by `.astype`: a constant objective is a plain number while JAX differentiates
+        return jnp.asarray(jnp.squeeze(problem.objective(y, data)), y.dtype)
 
     def part(index, factor):
         def values(y, data):

@@ -120,3 +120,11 @@ def test_signs_and_optima_of_programs(name):
         options={"ftol": 1e-12, "maxiter": 500},
     )
     assert found.fun == pytest.approx(problem.optimum, rel=1e-6, abs=1e-6)
+
+
+@needs_sif2jax
+def test_a_constant_objective_can_be_differentiated():
+    problem = cutest.build("HIMMELBC")
+    point = jnp.asarray(problem.init)
+    value, slope = jax.jvp(lambda y: problem.fun(y, problem.data), (point,), (point,))
+    assert value.dtype == point.dtype and float(slope) == 0.0

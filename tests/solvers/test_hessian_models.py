@@ -763,7 +763,7 @@ def test_derivatives_use_the_hessian_of_the_objective_whatever_the_model(model):
 
 
 def test_settings_of_models_are_named_in_refusals():
-    with pytest.raises(TypeError, match=r"has no setting 'linear_algebra' \(did you mean 'linear_so"):
+    with pytest.raises(TypeError, match=r"no setting 'linear_algebra' \(did you mean 'linear_so"):
         solvers.ExactHessian(linear_algebra=solvers.ConjugateGradient())
     with pytest.raises(TypeError, match="got 1 settings without a name, expected at most 0; name"):
         solvers.ExactHessian(solvers.ConjugateGradient())
