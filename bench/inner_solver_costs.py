@@ -83,7 +83,8 @@ def poisson_control(size: int) -> tuple[jx.NonlinearProgram, Any, None]:
     """
     h = 2.0 / (size + 1)
     i = jnp.arange(1.0, size + 1) - (size + 1) / 2
-    wanted = jnp.sin(4 + 0.026 * i)[:, None] + jnp.cos(3 + 0.026 * i)[None, :]
+    scale = 0.1 / jnp.sqrt(15.0)
+    wanted = jnp.sin(4 + scale * i)[:, None] + jnp.cos(3 + scale * i)[None, :]
 
     def equality(y, data):
         state = jnp.pad(y["state"], 1)

@@ -7,6 +7,7 @@ import pytest
 
 import jaxopt_ext as jx
 from jaxopt_ext import solvers
+from jaxopt_ext.bench.inner_solver_costs import poisson_control
 from jaxopt_ext.solvers import kkt
 from jaxopt_ext.solvers.flat_program import Scaling
 from jaxopt_ext.solvers.kkt_systems import KKTSystem, Units
@@ -113,32 +114,21 @@ def test_bad_blocks_are_refused():
 # ---- whole programs ----------------------------------------------------------------------------
 
 
-def poisson_control(size):
-    """State and distributed control on a grid; and S_λ with S_λ S_λᵀ within 2 of the exact one."""
-    h = 2.0 / (size + 1)
-    i = np.arange(1.0, size + 1)
-    wanted = jnp.asarray(np.sin(4 + 0.1 * i)[:, None] + np.cos(3 + 0.1 * i)[None, :])
-
-    def equality(y, args):
-        w = jnp.pad(y["state"], 1)
-        four = w[:-2, 1:-1] + w[2:, 1:-1] + w[1:-1, :-2] + w[1:-1, 2:]
-        return (four - 4 * y["state"]) / h**2 + y["control"]
-
-    def fun(y, args):
-        return jnp.sum((y["state"] - wanted) ** 2) / 2 + 0.05 * jnp.sum(y["control"] ** 2)
-
+def preconditioned_control(size):
+    """The control problem, and S_λ with S_λ S_λᵀ within 2 of the exact one."""
+    program, start, _ = poisson_control(size)
+    h, i = 2.0 / (size + 1), np.arange(1.0, size + 1)
     sines = jnp.asarray(np.sqrt(2 / (size + 1)) * np.sin(np.pi * np.outer(i, i) / (size + 1)))
     waves = (2 - 2 * np.cos(np.pi * i / (size + 1))) / h**2
     damp = jnp.asarray(1 / (waves[:, None] + waves[None, :] + 10**0.5))
     block = kkt.BlockPreconditioner(lambda r: sines @ (damp * (sines @ r @ sines)) @ sines)
-    ones = jnp.ones((size, size))
-    return jx.NonlinearProgram(fun, equality), {"state": ones, "control": ones}, block
+    return program, start, block
 
 
 def test_products_do_not_grow_with_the_grid():
     products = []
     for size in (8, 24):
-        program, start, block = poisson_control(size)
+        program, start, block = preconditioned_control(size)
         solver = solvers.SketchedNewtonAL(kkt.MINRES(block))
         found = jx.solve(program, solver, start, max_steps=30)
         assert bool(found.success), str(found)

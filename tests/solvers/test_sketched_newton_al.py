@@ -13,6 +13,7 @@ from jax import export
 import jaxopt_ext as jx
 from jaxopt_ext import implicit, solvers
 from jaxopt_ext.bench import counting
+from jaxopt_ext.bench.inner_solver_costs import poisson_control
 from jaxopt_ext.bench.problems import programs
 from jaxopt_ext.solvers import kkt
 from jaxopt_ext.solvers.exact_augmented_lagrangian import descends, merit_parts
@@ -650,27 +651,8 @@ def test_bad_inputs_are_refused():
 # ---- matrix-free -------------------------------------------------------------------------------
 
 
-def control_problem(size):
-    """Poisson control with a distributed source: state W, control Z on a grid."""
-    h = 2.0 / (size + 1)
-    i = jnp.arange(1.0, size + 1) - (size + 1) / 2
-    scale = 0.1 / jnp.sqrt(15.0)
-    wanted = jnp.sin(4 + scale * i)[:, None] + jnp.cos(3 + scale * i)[None, :]
-
-    def equality(y, args):
-        w = jnp.pad(y["state"], 1)
-        sum_of_four = w[:-2, 1:-1] + w[2:, 1:-1] + w[1:-1, :-2] + w[1:-1, 2:]
-        return (sum_of_four - 4 * y["state"]) / h**2 + y["control"]
-
-    def fun(y, args):
-        return jnp.sum((y["state"] - wanted) ** 2) / 2 + 0.05 * jnp.sum(y["control"] ** 2)
-
-    ones = jnp.ones((size, size))
-    return jx.NonlinearProgram(fun, equality), {"state": ones, "control": ones}
-
-
 def test_the_control_problem_of_the_paper():
-    program, start = control_problem(3)
+    program, start, _ = poisson_control(3)
     found = jx.solve(program, SOLVER, start)
     assert float(found.objective) == pytest.approx(9.644442, abs=1e-6)
     ones = implicit.Multipliers(equality=jnp.ones((3, 3)))
@@ -681,7 +663,7 @@ def test_the_control_problem_of_the_paper():
 
 
 def test_the_control_problem_matrix_free():
-    program, start = control_problem(16)  # 512 variables, 256 constraints
+    program, start, _ = poisson_control(16)  # 512 variables, 256 constraints
     found = jx.solve(program, SOLVER, start, max_steps=30)
     assert bool(found.success), str(found)
     assert int(found.stats.counts.hessian) == 0 and int(found.stats.counts.hvp) > 0
