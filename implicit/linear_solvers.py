@@ -138,9 +138,10 @@ class LinearOperator(eqx.Module):
         try:
             pull = jax.linear_transpose(apply, flat)
             return jax.vmap(lambda v: pull(v)[0])(identity)
-        except (NotImplementedError, TypeError, ValueError):
-            # JAX cannot transpose this map (some rules are forward-only), so its columns are
-            # computed instead; an error of the map itself is raised again here
+        except (NotImplementedError, ValueError):
+            # How JAX says that it cannot transpose the map: the first where a primitive has no
+            # rule (sort, a `custom_vjp`), the second for `while_loop` and callbacks. The columns
+            # are the same matrix; an error of the map itself is raised again here.
             return jax.vmap(apply)(identity).T
 
     def transpose(self) -> "LinearOperator":
@@ -401,6 +402,12 @@ class MINRES(_Krylov):
 
 
 def _refuse_varying(owner: Any, rhs: PyTree) -> None:
+    """Say what to do where JAX's `gmres` and `bicgstab` cannot run (jax 0.10).
+
+    Their loops start from constants, which are the same on all devices, and go on with what the
+    right-hand side makes different; `check_vma` takes that for a change of type and raises a
+    TypeError about the loop's carry, which nobody could act on.
+    """
     if _varies(rhs):
         raise NotImplementedError(
             f"{type(owner).__name__}: JAX's implementation does not run inside "

