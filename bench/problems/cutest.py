@@ -66,6 +66,7 @@ _FAMILIES = (
     "_bounded_minimisation",
     "_constrained_minimisation",
     "_quadratic_problems",
+    "_nonlinear_equations",
 )
 
 
